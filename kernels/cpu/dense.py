@@ -1,0 +1,56 @@
+"""Dense layers on the CPU, and the SGD step.
+
+Floors for x (N, I) and w (I, J): 2*N*I*J operations for each of the three products. With few rows and many weights
+(the first LSTM of tdcnn: N = 128, I*J = 134 million) the weights themselves are the traffic: forward and dx read them
+once, 4*I*J bytes; an update reads and writes w and v, 16*I*J bytes, and would move another 8*I*J for a gradient
+written to memory and read again. `dense_update_weights` applies the gradient while it is in registers.
+"""
+
+import numba as nb
+import numpy as np
+
+from kernels.cpu.matmul import matmul, matmul_update
+from kernels.cpu.tools import Array, as_float32, compiled
+
+
+@compiled(parallel=True)
+def _sgd(w: Array, v: Array, dw: Array, lr: np.float32, momentum: np.float32) -> None:
+    for i in nb.prange(w.size):
+        v[i] = momentum * v[i] - lr * dw[i]
+        w[i] += v[i]
+
+
+def sgd_update(w: Array, v: Array, dw: Array, lr: float, momentum: float) -> None:
+    """See `kernels.reference.sgd_update`; w and v are C-contiguous, and changed in place."""
+    (dw,) = as_float32(dw=dw)
+    _sgd(w.reshape(-1), v.reshape(-1), dw.reshape(-1), np.float32(lr), np.float32(momentum))
+
+
+def dense_forward(x: Array, w: Array, b: Array) -> Array:
+    """See `kernels.reference.dense_forward`."""
+    x, w, b = as_float32(x=x, w=w, b=b)
+    return matmul(x, w, b)
+
+
+def dense_backward_input(dy: Array, w: Array) -> Array:
+    """See `kernels.reference.dense_backward_input`."""
+    dy, w = as_float32(dy=dy, w=w)
+    return matmul(dy, w.T)
+
+
+def dense_backward_weights(x: Array, dy: Array) -> Array:
+    """See `kernels.reference.dense_backward_weights`."""
+    x, dy = as_float32(x=x, dy=dy)
+    return matmul(x.T, dy)
+
+
+def dense_backward_bias(dy: Array) -> Array:
+    """See `kernels.reference.dense_backward_bias`."""
+    (dy,) = as_float32(dy=dy)
+    return dy.sum(axis=0)
+
+
+def dense_update_weights(x: Array, dy: Array, w: Array, v: Array, lr: float, momentum: float) -> None:
+    """See `kernels.reference.dense_update_weights`; w and v are C-contiguous, and changed in place."""
+    x, dy = as_float32(x=x, dy=dy)
+    matmul_update(x.T, dy, w, v, lr, momentum)

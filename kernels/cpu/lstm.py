@@ -1,0 +1,220 @@
+"""The LSTM recurrence on the CPU: a whole sequence in one kernel, gates fused behind the recurrent product.
+
+Floor for z (B, T, 4H): 2*B*T*H*4H operations forward, the same backward. Sequences are independent, so each thread
+walks its share of them through all time steps, and no step waits for another thread. The recurrent weights are packed
+in the order of their use: a slice of them serves all sequences of the thread before the next one is touched, so that
+it is read from the second-level cache (all 4H*H weights fit there at H = 128) or once per step from beyond (H = 1024).
+
+A forward tile holds ROWS sequences x LANES hidden units x 4 gates in registers; what follows the product (sigmoid,
+tanh, the cell) happens there. H is padded with zeros to whole groups of vectors: the added units have weights 0,
+so their cells stay 0 and touch nothing.
+"""
+
+from typing import Any
+
+import numba as nb
+import numpy as np
+
+from kernels.cpu.simd import LANES, REGISTERS, Int, Ptr, kernel, sigmoid, tanh
+from kernels.cpu.tools import Array, as_float32, compiled, round_up
+
+ROWS = 4 if REGISTERS == 32 else 2  # sequences in a forward tile: 4 * ROWS accumulators
+BACK_ROWS = 8 if REGISTERS == 32 else 4  # sequences in a backward tile: BACK_VECS * BACK_ROWS accumulators
+BACK_VECS = 2
+UNITS = BACK_VECS * LANES  # hidden units come in whole groups of this size
+
+
+# --- forward -----------------------------------------------------------------------------------------------------
+
+
+def _step_tile(rows: int) -> Any:
+    @kernel
+    def tile(  # type: ignore[no-untyped-def]
+        k, z: Ptr, z_row: Int, wh: Ptr, units: Int, depth: Int, h_before: Ptr, c_before: Ptr, h: Ptr, c: Ptr, h_row: Int, gates: Ptr
+    ):  # fmt: skip
+        """One step of `rows` sequences x LANES units; `depth` is `units`, or 0 in the first step, where h_before = 0.
+
+        z, gates: this step, these units of the input gate (the other gates lie `units` numbers apart); h_before: all
+        units of the step before; c_before, h, c: these units. z_row and h_row lead from sequence to sequence.
+        """
+        acc = [[k.var(k.load(z + z_row * r + units * g)) for g in range(4)] for r in range(rows)]
+        for i in k.range(depth):
+            ws = [k.load(wh + i * (4 * LANES) + LANES * g) for g in range(4)]
+            for r in range(rows):
+                x = k.splat(h_before + h_row * r + i)
+                for g in range(4):
+                    acc[r][g] += x * ws[g]
+        for r in range(rows):
+            i, f, o = (sigmoid(k, acc[r][n].get()) for n in (0, 1, 3))
+            g = tanh(k, acc[r][2].get())
+            cell = f * k.load(c_before + h_row * r) + i * g
+            k.store(c + h_row * r, cell)
+            k.store(h + h_row * r, o * tanh(k, cell))
+            for n, gate in enumerate((i, f, g, o)):
+                k.store(gates + z_row * r + units * n, gate)
+
+    return tile
+
+
+step_many, step_one = _step_tile(ROWS), _step_tile(1)
+
+
+@compiled(parallel=True)
+def _forward(z: Array, wh: Array, zeros: Array, h: Array, c: Array, gates: Array, threads: int) -> None:
+    """z, gates (B, T, 4H), wh (H/LANES, H, 4, LANES), h, c (B, T, H), H a whole number of UNITS; zeros (>= B*T*H) is c_{-1}."""
+    B, T, H = h.shape
+    share = -(-B // threads)
+    for thread in nb.prange(threads):
+        end = min(B, (thread + 1) * share)
+        for t in range(T):
+            depth = H if t > 0 else 0
+            for u in range(0, H, LANES):
+                w = wh.ctypes.data + 4 * u * 4 * H
+                n = thread * share
+                while n < end:
+                    at = 4 * ((n * T + t) * H)
+                    h_before = h.ctypes.data + at - 4 * H if t > 0 else zeros.ctypes.data
+                    c_before = (c.ctypes.data + at - 4 * H if t > 0 else zeros.ctypes.data) + 4 * u
+                    zs, gs = z.ctypes.data + 4 * at + 4 * u, gates.ctypes.data + 4 * at + 4 * u
+                    hs, cs = h.ctypes.data + at + 4 * u, c.ctypes.data + at + 4 * u
+                    if n + ROWS <= end:
+                        step_many(zs, 4 * T * H, w, H, depth, h_before, c_before, hs, cs, T * H, gs)
+                        n += ROWS
+                    else:
+                        step_one(zs, 4 * T * H, w, H, depth, h_before, c_before, hs, cs, T * H, gs)
+                        n += 1
+
+
+# --- backward ----------------------------------------------------------------------------------------------------
+
+
+@kernel
+def gate_gradients(
+    k, dh: Ptr, dh_next: Ptr, dc: Ptr, c: Ptr, c_before: Ptr, gates: Ptr, dz: Ptr, units: Int, groups: Int
+):  # type: ignore[no-untyped-def]
+    """One step of one sequence: dz, and dc for the step before, from dh and what came back (dh_next, dc)."""
+    for n in k.range(groups):
+        u = n * LANES
+        i, f, g, o = (k.load(gates + u + units * m) for m in range(4))
+        tanh_c = tanh(k, k.load(c + u))
+        dh_t = k.load(dh + u) + k.load(dh_next + u)
+        dc_t = k.load(dc + u) + dh_t * o * (1.0 - tanh_c * tanh_c)
+        k.store(dz + u, dc_t * g * i * (1.0 - i))
+        k.store(dz + u + units, dc_t * k.load(c_before + u) * f * (1.0 - f))
+        k.store(dz + u + units * 2, dc_t * i * (1.0 - g * g))
+        k.store(dz + u + units * 3, dh_t * tanh_c * o * (1.0 - o))
+        k.store(dc + u, dc_t * f)
+
+
+def _back_tile(rows: int) -> Any:
+    @kernel
+    def tile(k, dz: Ptr, dz_row: Int, wh_t: Ptr, depth: Int, dh: Ptr, dh_row: Int):  # type: ignore[no-untyped-def]
+        """dh = dz wh^T for `rows` sequences x UNITS units; depth = 4H."""
+        acc = [[k.var(0.0) for _ in range(BACK_VECS)] for _ in range(rows)]
+        for i in k.range(depth):
+            ws = [k.load(wh_t + i * UNITS + LANES * v) for v in range(BACK_VECS)]
+            for r in range(rows):
+                x = k.splat(dz + dz_row * r + i)
+                for v in range(BACK_VECS):
+                    acc[r][v] += x * ws[v]
+        for r in range(rows):
+            for v in range(BACK_VECS):
+                k.store(dh + dh_row * r + LANES * v, acc[r][v])
+
+    return tile
+
+
+back_many, back_one = _back_tile(BACK_ROWS), _back_tile(1)
+
+
+@compiled(parallel=True)
+def _backward(
+    dh: Array, gates: Array, c: Array, wh_t: Array, zeros: Array, dh_next: Array, dc: Array, dz: Array, threads: int
+) -> None:
+    """dh, c (B, T, H), gates, dz (B, T, 4H), wh_t (H/UNITS, 4H, UNITS), dh_next and dc (B, H), zero at the start."""
+    B, T, H = dh.shape
+    share = -(-B // threads)
+    for thread in nb.prange(threads):
+        first, end = thread * share, min(B, (thread + 1) * share)
+        for t in range(T - 1, -1, -1):
+            for n in range(first, end):
+                at = 4 * (n * T + t) * H
+                c_before = c.ctypes.data + at - 4 * H if t > 0 else zeros.ctypes.data
+                gate_gradients(
+                    dh.ctypes.data + at, dh_next.ctypes.data + 4 * n * H, dc.ctypes.data + 4 * n * H,
+                    c.ctypes.data + at, c_before, gates.ctypes.data + 4 * at, dz.ctypes.data + 4 * at, H, H // LANES,
+                )  # fmt: skip
+            if t == 0:
+                continue
+            for u in range(0, H, UNITS):
+                n = first
+                while n < end:
+                    dzs, w = dz.ctypes.data + 4 * (n * T + t) * 4 * H, wh_t.ctypes.data + 4 * u * 4 * H
+                    out = dh_next.ctypes.data + 4 * (n * H + u)
+                    if n + BACK_ROWS <= end:
+                        back_many(dzs, 4 * T * H, w, 4 * H, out, H)
+                        n += BACK_ROWS
+                    else:
+                        back_one(dzs, 4 * T * H, w, 4 * H, out, H)
+                        n += 1
+
+
+# --- the operations ----------------------------------------------------------------------------------------------
+
+
+def _pad_gates(x: Array, H: int, units: int) -> Array:
+    """(..., 4H) -> (..., 4*units): every gate padded with zeros; x itself where nothing is missing."""
+    if units == H:
+        return x
+    padded = np.zeros((*x.shape[:-1], 4, units), np.float32)
+    padded[..., :H] = x.reshape(*x.shape[:-1], 4, H)
+    return padded.reshape(*x.shape[:-1], 4 * units)
+
+
+def _pad_units(x: Array, units: int, axis: int = -1) -> Array:
+    """x padded with zeros to `units` along one axis; x itself where nothing is missing."""
+    missing = units - x.shape[axis]
+    if not missing:
+        return x
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, missing)
+    return np.pad(x, widths)
+
+
+def _cut_gates(x: Array, H: int, units: int) -> Array:
+    """The inverse of `_pad_gates`."""
+    if units == H:
+        return x
+    return np.ascontiguousarray(x.reshape(*x.shape[:-1], 4, units)[..., :H]).reshape(*x.shape[:-1], 4 * H)
+
+
+def lstm_forward(z: Array, wh: Array) -> tuple[Array, Array, Array]:
+    """See `kernels.reference.lstm_forward`."""
+    z, wh = as_float32(z=z, wh=wh)
+    B, T, _ = z.shape
+    H = wh.shape[0]
+    units = round_up(H, UNITS)
+    z = _pad_gates(z, H, units)
+    square = _pad_units(_pad_gates(wh, H, units), units, axis=0)
+    packed = np.ascontiguousarray(square.reshape(units, 4, units // LANES, LANES).transpose(2, 0, 1, 3))
+    h, c = np.empty((B, T, units), np.float32), np.empty((B, T, units), np.float32)
+    gates = np.empty_like(z)
+    _forward(z, packed, np.zeros(B * T * units, np.float32), h, c, gates, nb.get_num_threads())
+    return np.ascontiguousarray(h[..., :H]), np.ascontiguousarray(c[..., :H]), _cut_gates(gates, H, units)
+
+
+def lstm_backward(dh: Array, gates: Array, c: Array, wh: Array) -> Array:
+    """See `kernels.reference.lstm_backward`."""
+    dh, gates, c, wh = as_float32(dh=dh, gates=gates, c=c, wh=wh)
+    B, _, H = dh.shape
+    units = round_up(H, UNITS)
+    square = _pad_units(_pad_gates(wh, H, units), units, axis=0)
+    wh_t = np.ascontiguousarray(square.reshape(units // UNITS, UNITS, 4 * units).transpose(0, 2, 1))
+    gates = _pad_gates(gates, H, units)
+    dz = np.empty_like(gates)
+    start = np.zeros((2, B, units), np.float32)
+    zeros = np.zeros(units, np.float32)
+    _backward(
+        _pad_units(dh, units), gates, _pad_units(c, units), wh_t, zeros, start[0], start[1], dz, nb.get_num_threads()
+    )
+    return _cut_gates(dz, H, units)

@@ -1,0 +1,78 @@
+"""Samples -> frames of log magnitudes -> standardised windows (paper, section on the input; the rest our choice).
+
+A recording at 16 kHz becomes one row of 128 numbers every 8 ms: the log magnitudes of the lower 128 of the 129 bins of
+a 256-point short-time Fourier transform (periodic Hann window, 50 % overlap, no centring). Networks read windows of
+`length` consecutive rows, starting every `hop` rows; a recording shorter than one window is padded with the floor.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kernels.reference import Array
+
+FRAME, HOP = 256, 128  # samples: 16 ms and 8 ms at 16 kHz
+BINS = 128
+FLOOR = 1e-3  # smallest magnitude, for samples in [-1, 1]: 16-bit quantisation noise lies at about 1e-4 per bin
+LOG_FLOOR = float(np.log(FLOOR))
+
+
+def log_magnitude(k: ModuleType, samples: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Mono samples (N,) at 16 kHz -> log magnitudes (frames, 128); k is the rung of `kernels` that computes."""
+    magnitude, _ = k.stft_magnitude_forward(samples, FRAME, HOP)
+    return np.log(np.maximum(magnitude[:, :BINS], np.float32(FLOOR)))
+
+
+@dataclass(frozen=True)
+class Standardisation:
+    """Per-bin mean and standard deviation of the training frames: x -> (x - mean) / deviation."""
+
+    mean: NDArray[np.float32]  # (128,)
+    deviation: NDArray[np.float32]  # (128,)
+
+    @classmethod
+    def of(cls, frames: Sequence[NDArray[np.float32]]) -> "Standardisation":
+        """The statistics of all frames of some utterances, each (frames, 128); only training utterances belong here."""
+        everything = np.concatenate(frames).astype(np.float64)
+        deviation = np.maximum(everything.std(axis=0), 1e-3)  # a bin that never moves must not be blown up
+        return cls(everything.mean(axis=0).astype(np.float32), deviation.astype(np.float32))
+
+    def apply(self, frames: NDArray[np.float32]) -> NDArray[np.float32]:
+        return (frames - self.mean) / self.deviation
+
+
+class WindowSet:
+    """All windows of some utterances, cut out of their frames when a batch is asked for.
+
+    `owner` (windows,) is the position of each window's utterance in the list given; `start` (windows,) its first frame.
+    """
+
+    def __init__(
+        self, utterances: Sequence[NDArray[np.float32]], scale: Standardisation, length: int, hop: int
+    ) -> None:
+        self.length = length
+        self.frames = [scale.apply(_padded(frames, length)) for frames in utterances]
+        counts = [window_count(len(frames), length, hop) for frames in self.frames]
+        self.owner = np.repeat(np.arange(len(counts)), counts)
+        self.start = np.concatenate([hop * np.arange(count) for count in counts])
+
+    def __len__(self) -> int:
+        return len(self.owner)
+
+    def batch(self, which: NDArray[np.intp]) -> Array:
+        """The windows with these numbers: (len(which), length, 128) float32."""
+        return np.stack([self.frames[self.owner[i]][self.start[i] : self.start[i] + self.length] for i in which])
+
+
+def window_count(frames: int, length: int, hop: int) -> int:
+    """How many windows of `length` frames, `hop` apart, an utterance of so many frames gives: at least one."""
+    return 1 + max(frames - length, 0) // hop
+
+
+def _padded(frames: NDArray[np.float32], length: int) -> NDArray[np.float32]:
+    """frames, followed by silence up to `length` rows if there are fewer."""
+    missing = max(length - len(frames), 0)
+    return np.pad(frames, ((0, missing), (0, 0)), constant_values=LOG_FLOOR)

@@ -1,0 +1,230 @@
+"""Layers: what each remembers from forward to backward, and which operations of `kernels` it calls.
+
+Every layer is called forward and then backward, with the same batch:
+
+    y = layer.forward(x, n)                    n: the number of this update, which dropout draws its mask by;
+                                               None switches dropout off
+    dx = layer.backward(dy, sink, need_dx)     hands the gradients of its parameters to the sink (`npser.optim`);
+                                               dx is None where the caller has no use for it
+
+`params` holds the layer's own arrays under their full names ("conv1.w"). An update changes them in place, so dx is
+computed before the sink is called. Shape letters are those of `kernels`.
+"""
+
+from types import ModuleType
+
+import numpy as np
+
+from kernels.reference import Array
+from npser.optim import Sink
+
+
+class Layer:
+    """A layer without parameters; subclasses say what forward and backward do."""
+
+    params: dict[str, Array]
+
+    def __init__(self) -> None:
+        self.params = {}
+
+    def forward(self, x: Array, n: int | None) -> Array:
+        raise NotImplementedError
+
+    def backward(self, dy: Array, sink: Sink, need_dx: bool) -> Array | None:
+        raise NotImplementedError
+
+
+# --- layers that compute -----------------------------------------------------------------------------------------
+
+
+class ConvBlock(Layer):
+    """3x3 convolution + bias + ReLU + 2x2 max-pooling in one operation (paper, Fig. 2)."""
+
+    def __init__(self, k: ModuleType, name: str, w: Array, b: Array) -> None:
+        self.k, self.name = k, name
+        self.params = {f"{name}.w": w, f"{name}.b": b}
+
+    def forward(self, x: Array, n: int | None) -> Array:
+        w, b = self.params.values()
+        y, self.argmax = self.k.conv_relu_pool_forward(x, w, b)
+        self.x = x
+        return y
+
+    def backward(self, dy: Array, sink: Sink, need_dx: bool) -> Array | None:
+        (name_w, w), (name_b, b) = self.params.items()
+        dx, dw, db = self.k.conv_relu_pool_backward(dy, self.argmax, self.x, w, need_dx)
+        sink.add(self.k, name_w, w, dw)
+        sink.add(self.k, name_b, b, db)
+        return dx
+
+
+class Dense(Layer):
+    """Fully connected: y = x w + b."""
+
+    def __init__(self, k: ModuleType, name: str, w: Array, b: Array) -> None:
+        self.k, self.name = k, name
+        self.params = {f"{name}.w": w, f"{name}.b": b}
+
+    def forward(self, x: Array, n: int | None) -> Array:
+        w, b = self.params.values()
+        self.x = x
+        return self.k.dense_forward(x, w, b)
+
+    def backward(self, dy: Array, sink: Sink, need_dx: bool) -> Array | None:
+        (name_w, w), (name_b, b) = self.params.items()
+        dx = self.k.dense_backward_input(dy, w) if need_dx else None
+        sink.add_product(self.k, name_w, w, self.x, dy)
+        sink.add(self.k, name_b, b, self.k.dense_backward_bias(dy))
+        return dx
+
+
+class LSTM(Layer):
+    """A sequence of inputs to a sequence of hidden states: (B, T, I) -> (B, T, H)."""
+
+    def __init__(self, k: ModuleType, name: str, wx: Array, wh: Array, b: Array) -> None:
+        self.k, self.name = k, name
+        self.params = {f"{name}.wx": wx, f"{name}.wh": wh, f"{name}.b": b}
+
+    def forward(self, x: Array, n: int | None) -> Array:
+        wx, wh, b = self.params.values()
+        B, T, I = x.shape
+        z = self.k.dense_forward(x.reshape(B * T, I), wx, b).reshape(B, T, -1)
+        self.h, self.c, self.gates = self.k.lstm_forward(z, wh)
+        self.x = x
+        return self.h
+
+    def backward(self, dy: Array, sink: Sink, need_dx: bool) -> Array | None:
+        (name_wx, wx), (name_wh, wh), (name_b, b) = self.params.items()
+        B, T, H = dy.shape
+        dz = self.k.lstm_backward(dy, self.gates, self.c, wh).reshape(B * T, 4 * H)
+        dx = self.k.dense_backward_input(dz, wx).reshape(self.x.shape) if need_dx else None
+        h_before = np.zeros_like(self.h)  # h_{t-1}; h_{-1} = 0
+        h_before[:, 1:] = self.h[:, :-1]
+        sink.add_product(self.k, name_wx, wx, self.x.reshape(B * T, -1), dz)
+        sink.add_product(self.k, name_wh, wh, h_before.reshape(B * T, H), dz)
+        sink.add(self.k, name_b, b, self.k.dense_backward_bias(dz))
+        return dx
+
+
+class ReLU(Layer):
+    """y = max(x, 0)."""
+
+    def __init__(self, k: ModuleType) -> None:
+        super().__init__()
+        self.k = k
+
+    def forward(self, x: Array, n: int | None) -> Array:
+        self.y = self.k.relu_forward(x)
+        return self.y
+
+    def backward(self, dy: Array, sink: Sink, need_dx: bool) -> Array | None:
+        return self.k.relu_backward(dy, self.y) if need_dx else None
+
+
+class Dropout(Layer):
+    """Inverted dropout, its mask a function of (model seed, layer number, update, element); nothing is stored."""
+
+    def __init__(self, k: ModuleType, rate: float, seed: int, number: int) -> None:
+        super().__init__()
+        self.k, self.rate, self.seed, self.number = k, rate, seed, number
+
+    def _mask(self, x: Array) -> Array:
+        if self.n is None or self.rate == 0:
+            return x
+        return self.k.dropout(x, self.rate, self.k.dropout_key(self.seed, self.number, self.n))
+
+    def forward(self, x: Array, n: int | None) -> Array:
+        self.n = n
+        return self._mask(x)
+
+    def backward(self, dy: Array, sink: Sink, need_dx: bool) -> Array | None:
+        return self._mask(dy) if need_dx else None
+
+
+# --- layers that arrange -----------------------------------------------------------------------------------------
+
+
+class AddChannel(Layer):
+    """(B, T, F) -> (B, T, F, 1): a spectrogram as an image with one channel."""
+
+    def forward(self, x: Array, n: int | None) -> Array:
+        return x[..., None]
+
+    def backward(self, dy: Array, sink: Sink, need_dx: bool) -> Array | None:
+        return dy[..., 0]
+
+
+class Flatten(Layer):
+    """(B, T, F, C) -> (B, T*F*C), in this order."""
+
+    def forward(self, x: Array, n: int | None) -> Array:
+        self.shape = x.shape
+        return x.reshape(len(x), -1)
+
+    def backward(self, dy: Array, sink: Sink, need_dx: bool) -> Array | None:
+        return dy.reshape(self.shape)
+
+
+class LastStep(Layer):
+    """(B, T, H) -> (B, H): what a recurrent network says after the last time step."""
+
+    def forward(self, x: Array, n: int | None) -> Array:
+        self.shape = x.shape
+        return np.ascontiguousarray(x[:, -1])
+
+    def backward(self, dy: Array, sink: Sink, need_dx: bool) -> Array | None:
+        dx = np.zeros(self.shape, dy.dtype)
+        dx[:, -1] = dy
+        return dx
+
+
+class Windows(Layer):
+    """(B, frames + (count-1)*hop, F) -> (B, count, frames, F): overlapping windows of one sample (paper, Fig. 5)."""
+
+    def __init__(self, frames: int, hop: int, count: int) -> None:
+        super().__init__()
+        self.frames, self.starts = frames, [hop * i for i in range(count)]
+
+    def forward(self, x: Array, n: int | None) -> Array:
+        self.shape = x.shape
+        return np.stack([x[:, s : s + self.frames] for s in self.starts], axis=1)
+
+    def backward(self, dy: Array, sink: Sink, need_dx: bool) -> Array | None:
+        dx = np.zeros(self.shape, dy.dtype)
+        for i, s in enumerate(self.starts):
+            dx[:, s : s + self.frames] += dy[:, i]
+        return dx
+
+
+class Sequential(Layer):
+    """Layers one after the other. Backward stops at the first layer that learns, unless dx is asked for."""
+
+    def __init__(self, layers: list[Layer]) -> None:
+        self.layers = layers
+        self.params = {name: value for layer in layers for name, value in layer.params.items()}
+        self.first = next((i for i, layer in enumerate(layers) if layer.params), len(layers))
+
+    def forward(self, x: Array, n: int | None) -> Array:
+        for layer in self.layers:
+            x = layer.forward(x, n)
+        return x
+
+    def backward(self, dy: Array, sink: Sink, need_dx: bool) -> Array | None:
+        gradient: Array | None = dy
+        for i in reversed(range(0 if need_dx else self.first, len(self.layers))):
+            assert gradient is not None
+            gradient = self.layers[i].backward(gradient, sink, need_dx or i > self.first)
+        return gradient
+
+
+class TimeDistributed(Sequential):
+    """The same layers, with the same weights, for each of the W windows of a sample: (B, W, ...) -> (B, W, ...)."""
+
+    def forward(self, x: Array, n: int | None) -> Array:
+        self.leading = x.shape[:2]
+        y = super().forward(x.reshape(-1, *x.shape[2:]), n)
+        return y.reshape(*self.leading, *y.shape[1:])
+
+    def backward(self, dy: Array, sink: Sink, need_dx: bool) -> Array | None:
+        dx = super().backward(dy.reshape(-1, *dy.shape[2:]), sink, need_dx)
+        return dx.reshape(*self.leading, *dx.shape[1:]) if dx is not None else None

@@ -1,0 +1,301 @@
+"""The paper's three networks, cnn (Table II), lstm (Table III) and tdcnn (Table IV), and what can be done with one.
+
+model = build_model("tdcnn", backend="cpu", seed=0)
+loss = model.train_step(x, y, sgd)       # x (B, input_frames, 128), y (B,)
+p = model.predict_proba(x)               # (B, 7)
+"""
+
+import json
+import os
+import zipfile
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+import kernels
+from kernels.reference import Array
+from npser.corpus import PAPER_LABELS
+from npser.errors import UserError
+from npser.features import BINS, Standardisation
+from npser.layers import (
+    LSTM,
+    AddChannel,
+    ConvBlock,
+    Dense,
+    Dropout,
+    Flatten,
+    LastStep,
+    Layer,
+    ReLU,
+    Sequential,
+    TimeDistributed,
+    Windows,
+)
+from npser.optim import SGD, Gradients
+
+ARCHITECTURES = ("cnn", "lstm", "tdcnn")
+WINDOWS, WINDOW_HOP = 4, 8  # tdcnn: windows in a sample, and frames from one to the next (paper, Fig. 5)
+FILE_FORMAT = 1
+
+
+# --- the three networks ------------------------------------------------------------------------------------------
+
+
+def _cnn(make: "Maker", filters: int, hidden: int, bins: int, classes: int, dropout: float) -> list[Layer]:
+    """Two convolution blocks, a dense layer of 1024, the classes: 33.57 million parameters."""
+    features = (bins // 4) ** 2 * filters
+    return [
+        AddChannel(),
+        make.conv("conv1", 1, filters),
+        make.dropout(dropout),
+        make.conv("conv2", filters, filters),
+        make.dropout(dropout),
+        Flatten(),
+        make.dense("dense1", features, hidden),
+        ReLU(make.k),
+        make.dropout(dropout),
+        make.dense("out", hidden, classes),
+    ]
+
+
+def _lstm(make: "Maker", filters: int, hidden: int, bins: int, classes: int, dropout: float) -> list[Layer]:
+    """Three stacked LSTM layers of 128 over the frames, the classes from the last step: 0.396 million parameters."""
+    return [
+        make.lstm("lstm1", bins, hidden),
+        make.lstm("lstm2", hidden, hidden),
+        make.lstm("lstm3", hidden, hidden),
+        LastStep(),
+        make.dense("out", hidden, classes),
+    ]
+
+
+def _tdcnn(make: "Maker", filters: int, hidden: int, bins: int, classes: int, dropout: float) -> list[Layer]:
+    """The same two convolution blocks for 4 overlapping windows, then two LSTM layers of 1024: 146.8 million parameters."""
+    features = (bins // 4) ** 2 * filters
+    blocks = [
+        AddChannel(),
+        make.conv("conv1", 1, filters),
+        make.dropout(dropout),
+        make.conv("conv2", filters, filters),
+        make.dropout(dropout),
+        Flatten(),
+    ]
+    return [
+        Windows(bins, WINDOW_HOP, WINDOWS),
+        TimeDistributed(blocks),
+        make.lstm("lstm1", features, hidden),
+        make.lstm("lstm2", hidden, hidden),
+        LastStep(),
+        make.dense("out", hidden, classes),
+    ]
+
+
+_NETWORKS = {"cnn": _cnn, "lstm": _lstm, "tdcnn": _tdcnn}
+_HIDDEN = {"cnn": 1024, "lstm": 128, "tdcnn": 1024}
+
+
+def input_frames(arch: str, bins: int = BINS) -> int:
+    """How many frames a network reads at once: one window, or the four overlapping ones of tdcnn."""
+    return bins + (WINDOWS - 1) * WINDOW_HOP if arch == "tdcnn" else bins
+
+
+class Maker:
+    """Makes layers with their initial weights (Keras 1: Glorot uniform, orthogonal recurrence, forget bias 1).
+
+    Glorot and Bengio (2010): uniform in +-sqrt(6 / (fan_in + fan_out)). The four gates of an LSTM are four matrices,
+    initialised each on its own.
+    """
+
+    def __init__(self, k: ModuleType, seed: int, dtype: DTypeLike) -> None:
+        self.k, self.seed, self.dtype = k, seed, np.dtype(dtype)
+        self.rng = np.random.default_rng(seed)
+        self.dropouts = 0
+
+    def _glorot(self, shape: tuple[int, ...], fan_in: int, fan_out: int) -> Array:
+        limit = self.dtype.type(np.sqrt(6 / (fan_in + fan_out)))
+        values: Array = self.rng.random(shape, dtype=self.dtype)  # type: ignore[arg-type]
+        values *= 2 * limit
+        values -= limit
+        return values
+
+    def _orthogonal(self, n: int) -> Array:
+        q, r = np.linalg.qr(self.rng.standard_normal((n, n)))
+        return (q * np.sign(np.diag(r))).astype(self.dtype)
+
+    def conv(self, name: str, channels: int, filters: int) -> ConvBlock:
+        w = self._glorot((3, 3, channels, filters), 9 * channels, 9 * filters)
+        return ConvBlock(self.k, name, w, np.zeros(filters, self.dtype))
+
+    def dense(self, name: str, inputs: int, outputs: int) -> Dense:
+        return Dense(self.k, name, self._glorot((inputs, outputs), inputs, outputs), np.zeros(outputs, self.dtype))
+
+    def lstm(self, name: str, inputs: int, hidden: int) -> LSTM:
+        wx = self._glorot((inputs, 4 * hidden), inputs, hidden)
+        wh = np.concatenate([self._orthogonal(hidden) for _ in range(4)], axis=1)
+        b = np.zeros(4 * hidden, self.dtype)
+        b[hidden : 2 * hidden] = 1  # the forget gate starts open
+        return LSTM(self.k, name, wx, wh, b)
+
+    def dropout(self, rate: float) -> Dropout:
+        self.dropouts += 1
+        return Dropout(self.k, rate, self.seed, self.dropouts)
+
+
+class _Sketch(Maker):
+    """Makes layers whose large arrays take no memory: enough to count parameters."""
+
+    def _glorot(self, shape: tuple[int, ...], fan_in: int, fan_out: int) -> Array:
+        return np.broadcast_to(self.dtype.type(0), shape)
+
+    def _orthogonal(self, n: int) -> Array:
+        return np.zeros((n, n), self.dtype)
+
+
+def parameter_count(arch: str, classes: int = 7) -> int:
+    """The number of parameters of a network of the paper's size."""
+    layers = _NETWORKS[arch](_Sketch(kernels.rung("reference"), 0, "float32"), 32, _HIDDEN[arch], BINS, classes, 0.25)
+    return sum(value.size for value in Sequential(layers).params.values())
+
+
+# --- a network in use --------------------------------------------------------------------------------------------
+
+
+class Model:
+    """A network with its parameters. Make one with `build_model` or `load_model`.
+
+    Calls take x (B, input_frames, bins) as it is, standardised already; `scale` is the standardisation that belongs to
+    the parameters, kept for whoever reads a model file.
+    """
+
+    labels: tuple[str, ...] = PAPER_LABELS
+    scale: Standardisation | None = None
+    training: Mapping[str, Any] = {}  # settings of the training, for the model file
+
+    def __init__(self, arch: str, settings: Mapping[str, Any], backend: str, layers: Sequential) -> None:
+        self.arch, self.settings, self.backend = arch, dict(settings), backend
+        self.k = kernels.rung(backend)
+        self.layers = layers
+        self.input_frames = input_frames(arch, self.settings["bins"])
+        self.dtype = np.dtype(self.settings["dtype"])
+
+    @property
+    def params(self) -> dict[str, Array]:
+        """The current values by name; the arrays are the model's own."""
+        return dict(self.layers.params)
+
+    def set_params(self, params: Mapping[str, NDArray[Any]]) -> None:
+        """Copy the given values into the parameters of the same names; ValueError for an unknown name or a wrong shape."""
+        for name, value in params.items():
+            if name not in self.layers.params:
+                raise ValueError(f"{self.arch} has no parameter {name!r}: it has {', '.join(self.layers.params)}")
+            mine = self.layers.params[name]
+            if mine.shape != value.shape:
+                raise ValueError(f"{name} has shape {mine.shape}, not {value.shape}")
+            mine[...] = value
+
+    def _logits(self, x: Array, n: int | None) -> Array:
+        if x.ndim != 3 or x.shape[1:] != (self.input_frames, self.settings["bins"]):
+            raise ValueError(f"x has shape {x.shape}, not (B, {self.input_frames}, {self.settings['bins']})")
+        return self.layers.forward(np.ascontiguousarray(x, self.dtype), n)
+
+    def loss_and_grads(self, x: Array, y: NDArray[Any]) -> tuple[float, dict[str, Array]]:
+        """Mean cross-entropy of the batch and the gradient of every parameter; dropout off."""
+        sink = Gradients()
+        loss, p = self.k.cross_entropy_forward(self._logits(x, None), y)
+        self.layers.backward(self.k.cross_entropy_backward(p, y), sink, need_dx=False)
+        return loss, sink.arrays
+
+    def train_step(self, x: Array, y: NDArray[Any], sgd: SGD) -> float:
+        """One update of the parameters, in place; returns the batch's loss before it."""
+        return self.train_batch(x, y, sgd)[0]
+
+    def train_batch(self, x: Array, y: NDArray[Any], sgd: SGD) -> tuple[float, Array]:
+        """`train_step` that also returns the probabilities (B, K), dropout on, of which the loss was computed.
+
+        Nothing is updated when the loss is not finite.
+        """
+        loss, p = self.k.cross_entropy_forward(self._logits(x, sgd.updates), y)
+        if np.isfinite(loss):
+            self.layers.backward(self.k.cross_entropy_backward(p, y), sgd, need_dx=False)
+            sgd.updates += 1
+        return loss, p
+
+    def predict_proba(self, x: Array, batch_size: int = 32) -> Array:
+        """Class probabilities (B, K) of B windows, computed in batches to bound the memory."""
+        parts = [self._logits(x[i : i + batch_size], None) for i in range(0, len(x), batch_size)]
+        return self.k.softmax(np.concatenate(parts)) if parts else np.empty((0, self.settings["classes"]), self.dtype)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the model file: an npz of plain arrays (no pickle), labels, settings and feature statistics inside."""
+        about = {
+            "format": FILE_FORMAT,
+            "arch": self.arch,
+            "settings": self.settings,
+            "labels": list(self.labels),
+            "training": dict(self.training),
+        }
+        arrays: dict[str, Any] = {f"params/{name}": value for name, value in self.params.items()}
+        if self.scale is not None:
+            arrays |= {"scale/mean": self.scale.mean, "scale/deviation": self.scale.deviation}
+        with open(path, "wb") as file:
+            np.savez(file, about=np.array(json.dumps(about)), **arrays)
+
+
+def build_model(
+    arch: str,
+    *,
+    backend: str = "cpu",
+    seed: int = 0,
+    filters: int = 32,
+    hidden: int | None = None,
+    bins: int = BINS,
+    classes: int = 7,
+    dropout: float = 0.25,
+    dtype: str = "float32",
+) -> Model:
+    """A network with fresh weights, determined by the seed.
+
+    arch: "cnn", "lstm" or "tdcnn"; backend: "cpu" or "reference" (the rung of `kernels` that computes). filters, hidden
+    (width of the dense or LSTM layers), bins and classes make smaller twins for tests; windows are bins x bins, and what
+    an architecture lacks is ignored. dtype float64 is for the reference rung. ValueError for anything else.
+    """
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"unknown architecture {arch!r}: choose one of {', '.join(ARCHITECTURES)}")
+    if dtype not in ("float32", "float64") or (dtype == "float64" and backend != "reference"):
+        raise ValueError(f"dtype {dtype!r} with backend {backend!r}: float32, or float64 on the reference rung")
+    settings = {
+        "filters": filters,
+        "hidden": hidden or _HIDDEN[arch],
+        "bins": bins,
+        "classes": classes,
+        "dropout": dropout,
+        "dtype": dtype,
+    }
+    make = Maker(kernels.rung(backend), seed, dtype)
+    sizes = {name: value for name, value in settings.items() if name != "dtype"}
+    return Model(arch, settings, backend, Sequential(_NETWORKS[arch](make, **sizes)))  # type: ignore[arg-type]
+
+
+def load_model(path: str | os.PathLike[str], backend: str = "cpu") -> Model:
+    """Read a file that `Model.save` wrote. UserError, naming the file, when it is no such file or is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            about = json.loads(str(file["about"]))
+            if about["format"] != FILE_FORMAT:
+                raise ValueError(f"its format is {about['format']}, this program reads {FILE_FORMAT}")
+            model = build_model(about["arch"], backend=backend, **about["settings"])
+            params = {name: file[f"params/{name}"] for name in model.params}
+            if not all(np.isfinite(value).all() for value in params.values()):
+                raise ValueError("a parameter is not finite")
+            model.set_params(params)
+            if "scale/mean" in file:
+                model.scale = Standardisation(file["scale/mean"], file["scale/deviation"])
+            model.labels, model.training = tuple(about["labels"]), about["training"]
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: there is no such file") from error
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: not a model file that this program can read ({error})") from error
+    return model

@@ -1,0 +1,91 @@
+"""What a person sees while a run is at work: a live line on a terminal, plain lines in a pipe or log.
+
+Everything here goes to standard error; results go to standard output.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TextIO
+
+
+def duration(seconds: float) -> str:
+    """0.4 s, 12 s, 3 min 20 s, 2 h 05 min."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    if seconds < 59.5:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+@dataclass
+class Progress:
+    """Counts the training steps of a whole run and says how it goes.
+
+    total: the steps of the whole run. Time left is computed from the time per step since this program started: steps
+    that an earlier start did count as done, not as fast.
+    """
+
+    total: int
+    stream: TextIO = field(default_factory=lambda: sys.stderr)
+    clock: Callable[[], float] = time.monotonic
+    done: int = 0
+    measured: int = 0
+    seconds: float = 0.0
+    estimate_after: int = 3  # steps: the first one compiles or warms up, and is not counted
+
+    def __post_init__(self) -> None:
+        self.live = self.stream.isatty()
+        self._last_drawn = 0.0
+        self._announced = False
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if self.live:
+            self.stream.write("\r\x1b[K")
+        print(text, file=self.stream, flush=True)
+
+    def begin_fold(self, title: str, steps: int) -> None:
+        """title names the fold in all its lines; steps: how many it has."""
+        self.title, self._fold_end, self._fold_measured = title, self.done + steps, 0
+
+    def skip(self, steps: int) -> None:
+        """These steps of the fold were done by an earlier start."""
+        self.done += steps
+
+    def step(self, seconds: float, windows: int, epoch: str, loss: float, accuracy: float) -> None:
+        """One step done; loss and accuracy are the epoch's so far."""
+        self.done += 1
+        self._fold_measured += 1
+        if self._fold_measured > 1:  # the first step of a fold warms caches, or compiles: it says nothing of the others
+            self.measured += 1
+            self.seconds += seconds
+        if not self._announced and self.measured >= self.estimate_after:
+            self._announced = True
+            self.say(f"about {duration(self.left(self.total - self.done))} for all of it ({self._rate()})")
+        now = self.clock()
+        if self.live and now - self._last_drawn > 0.2:
+            self._last_drawn = now
+            self.stream.write("\r\x1b[K" + self._line(epoch, windows / max(seconds, 1e-9), loss, accuracy))
+            self.stream.flush()
+
+    def epoch_done(self, epoch: str, windows_per_second: float, loss: float, accuracy: float, note: str = "") -> None:
+        self.say(self._line(epoch, windows_per_second, loss, accuracy) + note)
+
+    def left(self, steps: int) -> float:
+        """Seconds that so many steps will take."""
+        return steps * self.seconds / self.measured if self.measured else 0.0
+
+    def _rate(self) -> str:
+        return f"{1000 * self.seconds / self.measured:.0f} ms a step, measured on the first {self.measured}"
+
+    def _line(self, epoch: str, speed: float, loss: float, accuracy: float) -> str:
+        fold, run = self.left(self._fold_end - self.done), self.left(self.total - self.done)
+        return (
+            f"{self.title}  epoch {epoch}  loss {loss:.4f}  training accuracy {100 * accuracy:5.1f} %  "
+            f"{speed:5.0f} windows/s  left: fold {duration(fold)}, run {duration(run)}"
+        )

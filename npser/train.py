@@ -1,0 +1,370 @@
+"""python -m npser.train: cross-validated training of the paper's networks.
+
+Only the options are read here at first: NumPy and Numba are imported when they prove valid, after the number of
+threads is known, so that `--help` answers at once.
+"""
+
+import argparse
+import hashlib
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from npser.cli import machine, run, versions
+from npser.errors import UserError
+
+if TYPE_CHECKING:
+    from npser.corpus import Corpus
+    from npser.crossval import Frames, Settings
+    from npser.progress import Progress
+    from npser.runfolder import RunFolder
+
+# Chosen on development data out of the training folds, never on a test fold: see "Our choices" in the README.
+EPOCHS = {"cnn": 5, "lstm": 20, "tdcnn": 5}
+SEGMENT_HOP = {"cnn": 8, "lstm": 8, "tdcnn": 32}
+# The built-in corpus is there to be run at once: a short protocol with the same networks.
+DEMO_EPOCHS = {"cnn": 6, "lstm": 30, "tdcnn": 8}
+DEMO_SEGMENT_HOP = {"cnn": 16, "lstm": 16, "tdcnn": 32}
+DEMO_FOLDS, DEMO_REPEATS = 3, 1
+
+MAY_CHANGE = ("vote", "backend", "threads", "only", "versions", "checkpoint")
+
+
+def whole(least: int) -> Any:
+    """An argparse type: a whole number, at least so large."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"\d+", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return int(text)
+
+    return parse
+
+
+def repeat_and_fold(text: str) -> tuple[int, int]:
+    """An argparse type: R.F, repeat and fold counted from 0."""
+    match = re.fullmatch(r"(\d+)\.(\d+)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form R.F, for instance 0.3: repeat 0, fold 3")
+    return int(match[1]), int(match[2])
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m npser.train",
+        description="Train one of the three networks of Lim, Jang and Lee (APSIPA 2016) to recognise emotions in "
+        "speech, and test it by cross-validation on recordings it has not heard. Prints the paper's table: precision, "
+        "recall and F1 of each emotion.",
+        epilog="Run the same command again to go on after an interruption: finished folds are kept, the fold at work "
+        "goes on from its last finished epoch. Exit status: 0 done, 1 the run failed (training diverged, disk full), "
+        "2 wrong use or bad input, 130 interrupted. Example, the paper's experiment: "
+        "python -m npser.train --arch cnn --data emodb",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    what = p.add_argument_group("what is trained, and on what")
+    what.add_argument(
+        "--arch",
+        required=True,
+        choices=("cnn", "lstm", "tdcnn"),
+        help="cnn: two convolution blocks and a dense layer on windows of 128 frames (1 s); lstm: three LSTM layers "
+        "over the same frames; tdcnn: four overlapping windows through the convolution blocks, then two LSTM layers",
+    )
+    what.add_argument(
+        "--data",
+        default="demo",
+        metavar="demo|emodb|FOLDER",
+        help="demo: the built-in generated corpus; emodb: the corpus at $NPSER_DATA/emodb; FOLDER: searched for audio, "
+        "the emotion told by EMO-DB file names, else by the folder that a file lies in",
+    )
+    protocol = p.add_argument_group("protocol")
+    protocol.add_argument(
+        "--cv",
+        default="stratified",
+        choices=("stratified", "speaker", "none"),
+        help="stratified: every fold has its share of each emotion; speaker: leave one speaker out; none: fit one "
+        "model on everything and save it",
+    )
+    protocol.add_argument("--folds", type=whole(2), metavar="N", help="test folds (default: 10, demo 3)")
+    protocol.add_argument("--repeats", type=whole(1), metavar="N", help="repeats of all folds (default: 5, demo 1)")
+    protocol.add_argument("--epochs", type=whole(1), metavar="N", help=f"{_by_arch(EPOCHS, DEMO_EPOCHS)}")
+    protocol.add_argument("--batch-size", type=whole(1), default=32, metavar="N", help="windows in an update")
+    protocol.add_argument(
+        "--segment-hop",
+        type=whole(1),
+        metavar="N",
+        help=f"frames (8 ms) between the windows of an utterance; {_by_arch(SEGMENT_HOP, DEMO_SEGMENT_HOP)}",
+    )
+    protocol.add_argument(
+        "--vote",
+        default="sum",
+        choices=("sum", "majority"),
+        help="how an utterance's windows decide: sum of their probabilities, or majority; both are recorded",
+    )
+    protocol.add_argument(
+        "--seed", type=whole(0), default=0, metavar="N", help="seed of folds, weights, order, dropout"
+    )
+    protocol.add_argument(
+        "--only", type=repeat_and_fold, metavar="R.F", help="run just repeat R, fold F, counted from 0"
+    )
+    how = p.add_argument_group("how it is computed, and where results go")
+    how.add_argument(
+        "--backend",
+        default="cpu",
+        choices=("cpu", "reference", "cuda"),
+        help="cpu: compiled kernels; reference: plain NumPy, to check by, many times slower; cuda: not there yet",
+    )
+    how.add_argument("--threads", type=whole(1), metavar="N", help="processor cores to use (default: all)")
+    how.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="run folder (default: runs/<arch>-<corpus>-s<seed>); resumed if there",
+    )
+    how.add_argument("--save", type=Path, metavar="MODEL.npz", help="with --cv none: where to save the model")
+    how.add_argument(
+        "--checkpoint",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="save the state after every epoch, to go on from (tdcnn: 1.2 GB)",
+    )
+    return p
+
+
+def _by_arch(usual: dict[str, int], demo: dict[str, int]) -> str:
+    return "default: " + ", ".join(f"{arch} {usual[arch]} (demo {demo[arch]})" for arch in usual)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit status, raises UserError or RunFailed."""
+    options = parser().parse_args(arguments)
+    if options.backend == "cuda":
+        raise UserError("--backend cuda: there is no GPU backend yet: use --backend cpu")
+    if options.save and options.cv != "none":
+        raise UserError("--save: a cross-validation has no single model to save: add --cv none")
+    if options.only and options.cv == "none":
+        raise UserError("--only: there are no folds with --cv none")
+    threads = _set_threads(options.threads, options.backend)
+
+    from npser.corpus import open_corpus
+
+    corpus = open_corpus(options.data)
+    demo = corpus.name == "demo"
+    config = _config(options, corpus, threads, demo)
+    if options.cv == "none":
+        return _fit_everything(options, corpus, config)
+    return _cross_validate(options, corpus, config)
+
+
+def _set_threads(wanted: int | None, backend: str) -> int:
+    """Pin Numba, and the BLAS that NumPy brings, before either is imported; returns the number of threads."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if wanted is not None and wanted > available:
+        raise UserError(f"--threads {wanted}: this machine has {available} cores: use at most so many")
+    threads = wanted or available
+    os.environ["NUMBA_NUM_THREADS"] = str(threads)
+    # The compiled kernels do without BLAS; a pool of its threads would only spin on the cores that they need.
+    for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
+        os.environ[variable] = str(threads if backend == "reference" else 1)
+    return threads
+
+
+def _config(options: argparse.Namespace, corpus: "Corpus", threads: int, demo: bool) -> dict[str, Any]:
+    """Everything needed to repeat the run, as config.json holds it."""
+    from npser import features
+    from npser.optim import SGD
+
+    arch, sgd = options.arch, SGD()
+    folds = len(corpus.speakers) if options.cv == "speaker" else options.folds or (DEMO_FOLDS if demo else 10)
+    if options.cv == "speaker" and options.folds not in (None, folds):
+        raise UserError(f"--folds {options.folds}: --cv speaker makes one fold for each of the {folds} speakers")
+    listing = "\n".join(f"{u.name}\t{u.speaker}\t{u.emotion}" for u in corpus.utterances)
+    return {
+        "arch": arch,
+        "corpus": corpus.name,
+        "utterances": len(corpus.utterances),
+        "utterances_sha256": hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest(),
+        "labels": list(corpus.labels),
+        "cv": options.cv,
+        "folds": folds,
+        "repeats": options.repeats or (DEMO_REPEATS if demo else 5),
+        "epochs": options.epochs or (DEMO_EPOCHS if demo else EPOCHS)[arch],
+        "batch_size": options.batch_size,
+        "segment_hop": options.segment_hop or (DEMO_SEGMENT_HOP if demo else SEGMENT_HOP)[arch],
+        "vote": options.vote,
+        "seed": options.seed,
+        "optimiser": {"lr": sgd.lr, "momentum": sgd.momentum, "decay": sgd.decay},
+        "features": {"frame": features.FRAME, "hop": features.HOP, "bins": features.BINS, "floor": features.FLOOR},
+        "backend": options.backend,
+        "threads": threads,
+        "versions": versions(),
+    }
+
+
+def _read_frames(corpus: "Corpus", backend: str) -> "Frames":
+    """The log magnitudes of every utterance."""
+    import kernels
+    from npser.features import log_magnitude
+
+    k = kernels.rung(backend)
+    frames = []
+    live = sys.stderr.isatty()
+    for n, utterance in enumerate(corpus.utterances, 1):
+        if live and n % 20 == 0:
+            print(f"\r\x1b[Kreading {n} of {len(corpus.utterances)} recordings", end="", file=sys.stderr, flush=True)
+        frames.append(log_magnitude(k, corpus.read(utterance)))
+    if live:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    return frames
+
+
+def _settings(config: dict[str, Any]) -> "Settings":
+    from npser.crossval import Settings
+
+    names = ("arch", "backend", "seed", "epochs", "batch_size", "segment_hop", "vote")
+    return Settings(**{name: config[name] for name in names})
+
+
+def _introduce(config: dict[str, Any], corpus: "Corpus", seconds: float, parameters: int, plan: str) -> None:
+    """The first lines: what will be run, and on what."""
+    source = "the built-in, generated demonstration corpus" if corpus.name == "demo" else f"corpus {corpus.name}"
+    known = [s for s in corpus.speakers if s]
+    by = f" by {len(known)} speakers" if known else ""
+    print(
+        f"{config['arch']} on {source}: {len(corpus.utterances)} utterances{by}, {len(corpus.labels)} emotions, "
+        f"{seconds / 60:.1f} min of speech"
+    )
+    print(
+        f"{parameters / 1e6:.3f} million parameters, backend {config['backend']}, {config['threads']} threads, "
+        f"seed {config['seed']}"
+    )
+    print(plan, flush=True)
+    for line in corpus.skipped[:10]:
+        print(f"skipped {line}", file=sys.stderr)
+    if len(corpus.skipped) > 10:
+        print(f"skipped {len(corpus.skipped) - 10} more files", file=sys.stderr)
+    if corpus.skipped:
+        print(f"skipped {len(corpus.skipped)} files in all", file=sys.stderr, flush=True)
+
+
+def _warn_of_compilation(backend: str, progress: "Progress") -> None:
+    if backend == "cpu":
+        from kernels.cpu import cache_is_cold
+
+        if cache_is_cold():
+            progress.say("compiling kernels (once; they are kept for the next start) ...")
+
+
+def _cross_validate(options: argparse.Namespace, corpus: "Corpus", config: dict[str, Any]) -> int:
+    from npser.crossval import make_folds, run_fold, training_steps
+    from npser.models import input_frames, parameter_count
+    from npser.progress import Progress
+    from npser.report import render_text
+
+    folds = make_folds(corpus, config["cv"], config["folds"], config["repeats"], config["seed"])
+    folder = _open_folder(options, config)
+    chosen = [fold for fold in folds if options.only in (None, (fold.repeat, fold.number))]
+    if not chosen:
+        raise UserError(
+            f"--only {options.only[0]}.{options.only[1]}: there are repeats 0 to {config['repeats'] - 1} and folds 0 to "
+            f"{config['folds'] - 1}"
+        )
+    frames = _read_frames(corpus, config["backend"])
+    settings = _settings(config)
+    length = input_frames(config["arch"])
+    finished = set(folder.finished())
+    waiting = [fold for fold in chosen if (fold.repeat, fold.number) not in finished]
+    steps = {f.name: training_steps(frames, corpus.targets, f.train, length, settings) for f in waiting}
+    total = sum(steps.values())
+    _introduce(
+        config,
+        corpus,
+        sum(map(len, frames)) * 0.008,
+        parameter_count(config["arch"], len(corpus.labels)),
+        _plan(config, options, len(chosen), len(waiting), total, folder),
+    )
+    progress = Progress(total)
+    if waiting:
+        _warn_of_compilation(config["backend"], progress)
+    about = {key: config[key] for key in ("backend", "threads", "vote", "versions")} | {"machine": machine()}
+    for fold in waiting:
+        progress.begin_fold(f"fold {fold.name}", steps[fold.name])
+        run_fold(corpus, frames, fold, settings, folder, progress, options.checkpoint, about)
+    if not waiting:
+        folder.write_tables()  # the vote may have changed
+    print()
+    print(render_text(folder.config, folder.load_folds()), end="")
+    print(f"\nEverything is in {folder.path}: report.md, predictions.csv, folds/.")
+    return 0
+
+
+def _open_folder(options: argparse.Namespace, config: dict[str, Any]) -> "RunFolder":
+    from npser.runfolder import RunFolder
+
+    out = options.out or Path("runs") / f"{config['arch']}-{config['corpus']}-s{config['seed']}"
+    return RunFolder.open_or_create(out, config, MAY_CHANGE)
+
+
+def _plan(
+    config: dict[str, Any], options: argparse.Namespace, chosen: int, waiting: int, steps: int, folder: "RunFolder"
+) -> str:
+    kind = {"stratified": "stratified folds", "speaker": "folds, one for each speaker"}[config["cv"]]
+    lines = [
+        f"{config['folds']} {kind} x {config['repeats']} repeat{'s' * (config['repeats'] > 1)}, {config['epochs']} epochs "
+        f"of windows {config['segment_hop']} frames apart, batches of {config['batch_size']}"
+    ]
+    if options.only:
+        lines.append(f"only repeat {options.only[0]}, fold {options.only[1]}")
+    if waiting < chosen:
+        lines.append(f"{chosen - waiting} of {chosen} folds are finished already")
+    if waiting:
+        lines.append(f"{steps} updates to do; results go to {folder.path}")
+    return "; ".join(lines)
+
+
+def _fit_everything(options: argparse.Namespace, corpus: "Corpus", config: dict[str, Any]) -> int:
+    """--cv none: one model on all utterances, saved."""
+    import numpy as np
+
+    from npser.crossval import train_on, training_steps
+    from npser.models import input_frames, parameter_count
+    from npser.progress import Progress
+    from npser.trainer import Checkpoint
+
+    config |= {"folds": 0, "repeats": 1}
+    folder = _open_folder(options, config)
+    path = options.save or folder.path / "model.npz"
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"--save {path}: the folder {path.parent} is not there or cannot be written to")
+    frames = _read_frames(corpus, config["backend"])
+    settings = _settings(config)
+    everything = np.arange(len(frames))
+    total = training_steps(frames, corpus.targets, everything, input_frames(config["arch"]), settings)
+    plan = (
+        f"one model on everything, {config['epochs']} epochs of windows {config['segment_hop']} frames apart, "
+        f"batches of {config['batch_size']}; {total} updates to do; the model goes to {path}"
+    )
+    parameters = parameter_count(config["arch"], len(corpus.labels))
+    _introduce(config, corpus, sum(map(len, frames)) * 0.008, parameters, plan)
+    progress = Progress(total)
+    _warn_of_compilation(config["backend"], progress)
+    progress.begin_fold("all data", total)
+    words = (config["seed"], 0, 0)
+    checkpoint_path = folder.checkpoint_path(0, 0)
+    checkpoint = Checkpoint(checkpoint_path, f"{config['arch']} {words}", progress) if options.checkpoint else None
+    model, epochs = train_on(
+        frames, corpus.targets, everything, len(corpus.labels), settings, words, progress, checkpoint
+    )
+    model.labels, model.training = corpus.labels, {**config, "machine": machine()}
+    model.save(path)
+    checkpoint_path.unlink(missing_ok=True)
+    print(
+        f"saved {path}: training accuracy of the last epoch {100 * epochs[-1].accuracy:.1f} %, of windows, dropout on"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    run("npser.train", main)

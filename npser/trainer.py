@@ -1,0 +1,166 @@
+"""Training one network on one set of windows: epochs of shuffled batches, a checkpoint after each.
+
+Everything random is drawn from the seed and the epoch's number, and the checkpoint holds the rest of the state, so a run
+that was stopped and resumed gives the same numbers as one that was not.
+"""
+
+import os
+import time
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from npser.errors import RunFailed
+from npser.features import WindowSet
+from npser.folds import random_oversampling
+from npser.models import Model
+from npser.optim import SGD
+from npser.progress import Progress, duration
+from npser.runfolder import EpochResult
+
+_OVERSAMPLING, _SHUFFLING = 1, 2  # last words of the generators' seeds: two unrelated streams
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be learned: windows, their classes, and the seed words (seed, repeat, fold) of all that is random."""
+
+    windows: WindowSet
+    targets: NDArray[np.int64]  # (windows,)
+    seed: Sequence[int]
+    epochs: int
+    batch_size: int
+
+    def oversampled(self) -> NDArray[np.intp]:
+        """The numbers of the windows of an epoch: all, and repeats until every class is as large as the largest."""
+        return random_oversampling(self.targets, np.random.default_rng([*self.seed, _OVERSAMPLING]))
+
+
+def steps_per_epoch(targets: NDArray[np.int64], batch_size: int) -> int:
+    """The updates of an epoch over windows of these classes, oversampled."""
+    counts = np.bincount(targets)
+    return -(-int(counts.max() * np.count_nonzero(counts)) // batch_size)
+
+
+def fit(model: Model, task: Task, progress: Progress, checkpoint: "Checkpoint | None" = None) -> list[EpochResult]:
+    """Train until task.epochs are done, going on from the checkpoint if there is one.
+
+    Raises RunFailed when the loss is no longer finite.
+    """
+    sgd = SGD()
+    done = checkpoint.load(model, sgd) if checkpoint else []
+    windows = task.oversampled()
+    progress.skip(len(done) * -(-len(windows) // task.batch_size))
+    for epoch in range(len(done), task.epochs):
+        order = np.random.default_rng([*task.seed, _SHUFFLING, epoch]).permutation(windows)
+        result = _one_epoch(model, sgd, task, order, f"{epoch + 1}/{task.epochs}", progress)
+        done.append(result)
+        note = ""
+        if checkpoint and epoch + 1 < task.epochs:
+            note = f"  checkpoint {duration(checkpoint.save(model, sgd, done))}"
+        progress.epoch_done(
+            f"{epoch + 1}/{task.epochs}", len(order) / result.seconds, result.loss, result.accuracy, note
+        )
+    return done
+
+
+def _one_epoch(
+    model: Model, sgd: SGD, task: Task, order: NDArray[np.intp], name: str, progress: Progress
+) -> EpochResult:
+    """Every window of `order` once, in batches (the last one may be smaller)."""
+    loss_sum, right, seen = 0.0, 0, 0
+    started = time.monotonic()
+    for first in range(0, len(order), task.batch_size):
+        before = time.monotonic()
+        batch = order[first : first + task.batch_size]
+        y = task.targets[batch]
+        loss, p = model.train_batch(task.windows.batch(batch), y, sgd)
+        if not np.isfinite(loss):
+            raise RunFailed(
+                f"the training diverged: the loss is {loss} in epoch {name}, update {sgd.updates}; no result is written"
+            )
+        loss_sum += loss * len(batch)
+        right += int((p.argmax(axis=1) == y).sum())
+        seen += len(batch)
+        progress.step(time.monotonic() - before, len(batch), name, loss_sum / seen, right / seen)
+    number = int(name.split("/")[0])
+    return EpochResult(number, loss_sum / seen, right / seen, time.monotonic() - started)
+
+
+@dataclass(frozen=True)
+class Votes:
+    """What a network says of utterances: mean probabilities (N, K) and the class most windows voted for (N,)."""
+
+    probabilities: NDArray[np.float64]
+    majority: NDArray[np.int64]
+
+
+def evaluate(model: Model, windows: WindowSet) -> Votes:
+    """Score every window and gather the votes of each utterance (paper, decision per utterance).
+
+    By sum: the mean of the windows' probabilities. By majority: the class that most windows voted for; of equals the
+    one with the larger sum.
+    """
+    numbers = np.arange(len(windows))
+    p = np.concatenate(
+        [model.predict_proba(windows.batch(part)) for part in np.array_split(numbers, -(-len(numbers) // 256))]
+    )
+    utterances, classes = len(windows.frames), p.shape[1]
+    sums, ballots = np.zeros((utterances, classes)), np.zeros((utterances, classes))
+    np.add.at(sums, windows.owner, p.astype(np.float64))
+    np.add.at(ballots, (windows.owner, p.argmax(axis=1)), 1)
+    # The sum decides between equal counts: it is scaled below one ballot.
+    majority = (ballots + sums / (1 + sums.sum(axis=1, keepdims=True))).argmax(axis=1)
+    return Votes(sums / sums.sum(axis=1, keepdims=True), majority)
+
+
+class Checkpoint:
+    """The state after an epoch: parameters, velocities, number of updates, results so far; whole or not at all.
+
+    `identity` says of what training this is the state; a checkpoint of anything else, or a damaged one, is ignored, and
+    training starts at the beginning.
+    """
+
+    def __init__(self, path: Path, identity: str, progress: Progress) -> None:
+        self.path, self.identity, self.progress = path, identity, progress
+
+    def save(self, model: Model, sgd: SGD, done: Sequence[EpochResult]) -> float:
+        """Write the state; returns the seconds that it took. RunFailed when the disk is full."""
+        started = time.monotonic()
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        arrays: dict[str, Any] = {f"params/{name}": value for name, value in model.params.items()}
+        arrays |= {f"velocities/{name}": value for name, value in sgd.velocities.items()}
+        epochs = np.array([[r.epoch, r.loss, r.accuracy, r.seconds] for r in done])
+        try:
+            with open(temporary, "wb") as file:
+                np.savez(file, identity=np.array(self.identity), updates=sgd.updates, epochs=epochs, **arrays)
+            os.replace(temporary, self.path)
+        except BaseException as error:
+            temporary.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                raise RunFailed(f"{self.path}: cannot write the checkpoint ({error.strerror})") from error
+            raise
+        return time.monotonic() - started
+
+    def load(self, model: Model, sgd: SGD) -> list[EpochResult]:
+        """Restore the state, if there is one, and return the results of the epochs done."""
+        if not self.path.exists():
+            return []
+        try:
+            with np.load(self.path, allow_pickle=False) as file:
+                if str(file["identity"]) != self.identity:
+                    raise ValueError("it belongs to another training")
+                params = {name: file[f"params/{name}"] for name in model.params}
+                velocities = {name: file[f"velocities/{name}"] for name in model.params}
+                updates, epochs = int(file["updates"]), file["epochs"]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            self.progress.say(f"{self.path.name} cannot be used ({error}): this fold starts at its beginning")
+            return []
+        model.set_params(params)
+        sgd.velocities, sgd.updates = velocities, updates
+        return [EpochResult(int(epoch), *map(float, values)) for epoch, *values in epochs]

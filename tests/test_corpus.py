@@ -1,0 +1,337 @@
+"""Finding labelled recordings and reading any audio file, with every way in which a file can be damaged."""
+
+import os
+import pickle
+import struct
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from npser.corpus import PAPER_LABELS, SAMPLE_RATE, open_corpus, read_audio
+from npser.errors import UserError
+
+
+def tone(seconds=1.0, rate=SAMPLE_RATE, frequency=440.0):
+    return 0.5 * np.sin(2 * np.pi * frequency * np.arange(int(seconds * rate)) / rate)
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A function that writes a short tone at a path below the test's folder and returns that path."""
+
+    def write(name, samples=None, rate=SAMPLE_RATE, subtype=None):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        form = "AIFF" if path.suffix == ".aif" else None  # the one suffix that soundfile does not know
+        soundfile.write(path, tone(0.1) if samples is None else samples, rate, subtype=subtype, format=form)
+        return path
+
+    return write
+
+
+def refusal(call, argument):
+    """The message of the UserError that the call must raise, one line that names the argument; without that name."""
+    with pytest.raises(UserError) as caught:
+        call(argument)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert os.fspath(argument) in message
+    return message.replace(os.fspath(argument), "")  # whose folders are named after the test
+
+
+# Reading ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "subtype", "bound"),
+    [
+        ("a.wav", "PCM_U8", 2**-7),
+        ("a.wav", "PCM_16", 2**-15),
+        ("a.wav", "PCM_24", 2**-23),
+        ("a.wav", "FLOAT", 1e-7),
+        ("a.flac", "PCM_16", 2**-15),
+        ("a.aiff", "PCM_16", 2**-15),
+        ("a.ogg", "VORBIS", 0.05),
+    ],
+)
+def test_reads_format(place, name, subtype, bound):
+    samples = read_audio(place(name, tone(), subtype=subtype))
+    assert samples.dtype == np.float32
+    assert samples.flags.c_contiguous
+    assert samples.shape == (SAMPLE_RATE,)
+    np.testing.assert_allclose(samples, tone(), atol=bound)
+
+
+def test_reads_mp3(place):
+    samples = read_audio(place("a.mp3", tone()))  # the codec may shift and pad
+    spectrum = np.abs(np.fft.rfft(samples[:SAMPLE_RATE]))
+    assert spectrum.argmax() == 440
+
+
+@pytest.mark.parametrize("rate", [8000, 22050, 44100, 48000])
+def test_resamples_to_16_khz(place, rate):
+    samples = read_audio(place("a.wav", tone(1.0, rate), rate, "FLOAT"))
+    assert samples.shape == (SAMPLE_RATE,)
+    inside = slice(400, -400)  # the filter sees zeros beyond the ends
+    np.testing.assert_allclose(samples[inside], tone()[inside], atol=2e-3)
+
+
+def test_resampling_removes_what_16_khz_cannot_hold(place):
+    path = place("a.wav", tone(1.0, 48000, 440) + tone(1.0, 48000, 12000), 48000, "FLOAT")
+    np.testing.assert_allclose(read_audio(path)[400:-400], tone()[400:-400], atol=5e-3)
+
+
+def test_stereo_is_averaged(place):
+    left, right = tone(), tone(frequency=1000)
+    samples = read_audio(place("a.wav", np.stack([left, right], axis=1), subtype="FLOAT"))
+    np.testing.assert_allclose(samples, (left + right) / 2, atol=1e-6)
+
+
+def test_stereo_48_khz_equals_mono_16_khz(place):
+    stereo = read_audio(place("stereo.wav", np.stack([tone(1.0, 48000)] * 2, axis=1), 48000, "PCM_24"))
+    mono = read_audio(place("mono.wav", tone(), subtype="PCM_24"))
+    np.testing.assert_allclose(stereo[400:-400], mono[400:-400], atol=2e-3)
+
+
+def test_beyond_full_scale_is_scaled_to_it(place):
+    samples = read_audio(place("a.wav", 8 * tone(), subtype="FLOAT"))
+    assert np.abs(samples).max() == pytest.approx(1, abs=1e-6)
+    np.testing.assert_allclose(samples, 2 * tone(), atol=1e-3)  # scaled, not clipped
+
+
+@pytest.mark.parametrize("lost", [1, 2, 200, 1600])
+@pytest.mark.parametrize("name", ["a.wav", "a.aiff"])
+def test_truncated_file_is_refused(place, name, lost):
+    path = place(name)
+    path.write_bytes(path.read_bytes()[:-lost])
+    assert "truncated" in refusal(read_audio, path)
+
+
+def test_truncated_file_with_a_chunk_before_the_samples_is_refused(place):
+    path = place("a.wav")
+    data = path.read_bytes()
+    at = data.index(b"data")
+    whole = data[:at] + b"note" + struct.pack("<I", 3) + b"hey\0" + data[at:]  # odd length: one byte of padding
+    path.write_bytes(whole)
+    assert read_audio(path).size == 1600
+    path.write_bytes(whole[:-2])
+    assert "truncated" in refusal(read_audio, path)
+
+
+@pytest.mark.parametrize(("name", "reason"), [("a.flac", "cannot be read"), ("a.mp3", "truncated")])
+def test_truncated_compressed_file_is_refused(place, name, reason):
+    path = place(name, np.random.default_rng(0).uniform(-0.5, 0.5, SAMPLE_RATE))
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 2 // 3])
+    assert reason in refusal(read_audio, path)
+
+
+@pytest.mark.parametrize("length", [0xFFFFFFFF, 0x7FFFFFFF])
+def test_wav_written_into_a_pipe_is_read(place, length):
+    path = place("a.wav")
+    data = bytearray(path.read_bytes())
+    at = data.index(b"data") + 4
+    data[at : at + 4] = struct.pack("<I", length)
+    path.write_bytes(data)
+    np.testing.assert_allclose(read_audio(path), tone(0.1), atol=2**-15)
+
+
+def test_flac_that_claims_absurd_length_is_refused(place):
+    path = place("a.flac")
+    data = bytearray(path.read_bytes())
+    data[21] |= 0x0F  # STREAMINFO: upper bits of the 36-bit number of samples
+    data[22] = 0xFF
+    path.write_bytes(data)
+    refusal(read_audio, path)
+
+
+def test_empty_files_are_refused(place, tmp_path):
+    assert "empty" in refusal(read_audio, place("header.wav", np.zeros(0)))
+    (tmp_path / "nothing.wav").touch()
+    assert "empty" in refusal(read_audio, tmp_path / "nothing.wav")
+
+
+@pytest.mark.parametrize("value", [0.0, 0.25])
+def test_silent_file_is_refused(place, value):
+    assert "silent" in refusal(read_audio, place("a.wav", np.full(SAMPLE_RATE, value)))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_samples_that_are_not_finite_are_refused(place, value):
+    samples = tone()
+    samples[100] = value
+    assert "not finite" in refusal(read_audio, place("a.wav", samples, subtype="FLOAT"))
+
+
+def test_shorter_than_a_frame_is_refused(place):
+    assert "shorter" in refusal(read_audio, place("short.wav", tone()[:255]))
+    assert "shorter" in refusal(read_audio, place("fast.wav", tone()[:765], 48000))
+    assert read_audio(place("enough.wav", tone()[:256])).shape == (256,)
+
+
+@pytest.mark.parametrize("rate", [1, 2_000_000_011])
+def test_absurd_sample_rate_is_refused(place, rate):
+    assert f"{rate} Hz" in refusal(read_audio, place("a.wav", tone(), rate))
+
+
+def test_what_is_no_audio_is_refused(tmp_path):
+    assert "no such file" in refusal(read_audio, tmp_path / "missing.wav")
+    assert "not a file" in refusal(read_audio, tmp_path)
+    for name in ("text.wav", "text.raw"):
+        (tmp_path / name).write_text("not audio\n" * 100)
+        assert "cannot be read" in refusal(read_audio, tmp_path / name)
+
+
+# Folders ------------------------------------------------------------------------------------------------------------
+
+
+def test_folder_names_are_emotions(place, tmp_path):
+    for name in ("z/calm/b.wav", "calm/a.WAV", "calm/c.Flac", "excited/deep/excited/d.aif", "excited/e.ogg"):
+        place(name)
+    corpus = open_corpus(str(tmp_path))
+    assert corpus.name == tmp_path.name
+    assert corpus.labels == ("calm", "excited")
+    assert [(u.name, u.emotion) for u in corpus.utterances] == [
+        ("calm/a.WAV", "calm"),
+        ("calm/c.Flac", "calm"),
+        ("excited/deep/excited/d.aif", "excited"),
+        ("excited/e.ogg", "excited"),
+        ("z/calm/b.wav", "calm"),
+    ]
+    assert corpus.targets.dtype == np.int64
+    assert corpus.targets.tolist() == [0, 0, 1, 1, 0]
+    assert corpus.speakers == ("",)
+    assert all(u.text == "" and os.path.isabs(u.path) and Path(u.path).is_file() for u in corpus.utterances)
+    assert corpus.read(corpus.utterances[0]).shape == (1600,)
+
+
+def test_relative_folder_keeps_absolute_paths(place, tmp_path, monkeypatch):
+    place("set/calm/a.wav")
+    place("set/excited/b.wav")
+    monkeypatch.chdir(tmp_path)
+    corpus = open_corpus("set")
+    monkeypatch.chdir("/")
+    assert corpus.name == "set"
+    assert corpus.read(corpus.utterances[1]).size == 1600
+
+
+def test_corpus_reaches_worker_processes(place, tmp_path):
+    place("calm/a.wav")
+    place("excited/b.wav")
+    corpus = pickle.loads(pickle.dumps(open_corpus(str(tmp_path))))
+    assert corpus.read(corpus.utterances[0]).size == 1600
+
+
+def test_labels_of_the_paper_keep_its_order(place, tmp_path):
+    for emotion in ("anger", "happy", "boredom", "neutral"):
+        place(f"{emotion}/a.wav")
+    assert open_corpus(str(tmp_path)).labels == ("neutral", "anger", "boredom", "happy")
+    place("surprise/a.wav")
+    assert open_corpus(str(tmp_path)).labels == ("anger", "boredom", "happy", "neutral", "surprise")
+
+
+def test_what_is_left_out(place, tmp_path):
+    for name in ("calm/a.wav", "calm/.hidden.wav", ".git/b.wav", "excited/c.wav", "loose.wav"):
+        place(name)
+    (tmp_path / "calm" / "notes.txt").write_text("x")
+    corpus = open_corpus(str(tmp_path))
+    assert [u.name for u in corpus.utterances] == ["calm/a.wav", "excited/c.wav"]
+    assert corpus.skipped == ("loose.wav: lies in no emotion folder",)
+
+
+def test_linked_folders_are_followed_and_loops_end(place, tmp_path):
+    place("elsewhere/excited/b.wav")
+    place("set/calm/a.wav")
+    (tmp_path / "set" / "excited").symlink_to(tmp_path / "elsewhere" / "excited")
+    (tmp_path / "set" / "calm" / "loop").symlink_to(tmp_path / "set")
+    corpus = open_corpus(str(tmp_path / "set"))
+    assert [u.name for u in corpus.utterances] == ["calm/a.wav", "excited/b.wav"]
+
+
+def test_emodb_names_win_over_folders(place, tmp_path):
+    for name in ("calm/03a01Wa.wav", "calm/16b10Lb.WAV", "x/08a02Fc.wav", "09a04Nb.wav", "calm/other.wav"):
+        place(name)
+    place("calm/03a01Xa.wav")  # no such emotion
+    place("calm/03a01wa.wav")  # the letter is a capital
+    corpus = open_corpus(str(tmp_path))
+    assert corpus.name == "emodb"
+    assert corpus.labels == ("neutral", "anger", "boredom", "happy")
+    assert [(u.name, u.speaker, u.text, u.emotion) for u in corpus.utterances] == [
+        ("09a04Nb.wav", "09", "a04", "neutral"),
+        ("calm/03a01Wa.wav", "03", "a01", "anger"),
+        ("calm/16b10Lb.WAV", "16", "b10", "boredom"),
+        ("x/08a02Fc.wav", "08", "a02", "happy"),
+    ]
+    assert corpus.speakers == ("03", "08", "09", "16")
+    assert corpus.targets.tolist() == [0, 1, 2, 3]
+    assert corpus.skipped == tuple(
+        f"calm/{name}.wav: not an EMO-DB file name" for name in ("03a01Xa", "03a01wa", "other")
+    )
+
+
+@pytest.mark.parametrize(
+    ("letter", "emotion"),
+    list(zip("WLEAFTN", ("anger", "boredom", "disgust", "fear", "happy", "sadness", "neutral"), strict=True)),
+)
+def test_emodb_letters(place, tmp_path, letter, emotion):
+    place(f"03a01{letter}a.wav")
+    place("08a01Na.wav" if letter != "N" else "08a01Wa.wav")
+    assert open_corpus(str(tmp_path)).utterances[0].emotion == emotion
+
+
+def test_unusable_folders_are_refused(place, tmp_path):
+    assert "no such folder" in refusal(open_corpus, str(tmp_path / "missing"))
+    file = place("calm/a.wav")
+    assert "not a folder" in refusal(open_corpus, str(file))
+    assert "only one emotion (calm)" in refusal(open_corpus, str(tmp_path))
+    place("flat/a.wav")
+    assert "emotion folder" in refusal(open_corpus, str(tmp_path / "flat"))
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "readme.txt").write_text("x")
+    assert "no audio file" in refusal(open_corpus, str(tmp_path / "bare"))
+
+
+def test_emodb_is_found_in_data_folder_then_cache(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("NPSER_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=r"set NPSER_DATA .* --data FOLDER") as caught:
+        open_corpus("emodb")
+    assert "\n" not in str(caught.value)
+    for name in ("03a01Wa.wav", "03a01Na.wav"):
+        place(f"cache/npser/emodb/wav/{name}")
+    assert open_corpus("emodb").speakers == ("03",)
+    monkeypatch.delenv("NPSER_DATA")
+    assert open_corpus("emodb").speakers == ("03",)
+    monkeypatch.setenv("NPSER_DATA", str(tmp_path / "data"))
+    for name in ("08a01Wa.wav", "08a01Na.wav"):
+        place(f"data/emodb/wav/{name}")
+    assert open_corpus("emodb").speakers == ("08",)
+
+
+def test_cache_is_below_home_by_default(place, tmp_path, monkeypatch):
+    monkeypatch.delenv("NPSER_DATA", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("03a01Wa.wav", "03a01Na.wav"):
+        place(f".cache/npser/emodb/wav/{name}")
+    assert len(open_corpus("emodb").utterances) == 2
+
+
+@pytest.mark.skipif(
+    not Path(os.environ.get("NPSER_DATA", ""), "emodb").is_dir() or not os.environ.get("NPSER_DATA"),
+    reason="needs the EMO-DB recordings: set NPSER_DATA to the folder that holds emodb",
+)
+def test_real_emodb():
+    corpus = open_corpus("emodb")
+    assert corpus.labels == PAPER_LABELS
+    assert corpus.skipped == ()
+    assert len(corpus.utterances) == 535
+    assert len(corpus.speakers) == 10
+    counts = {"anger": 127, "boredom": 81, "disgust": 46, "fear": 69, "happy": 71, "sadness": 62, "neutral": 79}
+    assert Counter(u.emotion for u in corpus.utterances) == counts
+    seconds = [corpus.read(u).size / SAMPLE_RATE for u in corpus.utterances]  # none is refused as damaged
+    assert min(seconds) > 1.2
+    assert max(seconds) < 9
