@@ -7,21 +7,22 @@ offer the same names with the same arguments, so a network takes a rung as a par
     k = kernels.rung("cpu")
     y, argmax = k.conv_relu_pool_forward(x, w, b)
 
-| operation                                  | forward                                    | backward                                      |
-| ------------------------------------------ | ------------------------------------------ | --------------------------------------------- |
-| 3x3 convolution                            | conv3x3_forward(x, w, b)                   | conv3x3_backward(dy, x, w, need_dx)           |
-| rectifier                                  | relu_forward(x)                            | relu_backward(dy, y)                          |
-| 2x2 max-pooling                            | maxpool2x2_forward(x)                      | maxpool2x2_backward(dy, argmax, x_shape)      |
-| convolution + bias + ReLU + pooling, fused | conv_relu_pool_forward(x, w, b)            | conv_relu_pool_backward(dy, argmax, x, w, ...)|
-| dense                                      | dense_forward(x, w, b)                     | dense_backward_input(dy, w),                  |
-|                                            |                                            | dense_backward_weights(x, dy),                |
-|                                            |                                            | dense_backward_bias(dy)                       |
-| dense, update fused into the gradient      |                                            | dense_update_weights(x, dy, w, v, ...)        |
-| dropout                                    | dropout(x, rate, key)                      | the same: dropout(dy, rate, key)              |
-| LSTM over a sequence                       | lstm_forward(z, wh)                        | lstm_backward(dh, gates, c, wh)               |
-| softmax, cross-entropy                     | softmax(logits), cross_entropy_forward(...)| cross_entropy_backward(p, targets)            |
-| SGD with momentum                          | sgd_update(w, v, dw, lr, momentum)         |                                               |
-| short-time Fourier magnitude               | stft_magnitude_forward(x, frame, hop)      | stft_magnitude_backward(dy, spectrum, ...)    |
+| operation                    | forward                           | backward                                      |
+| ---------------------------- | --------------------------------- | --------------------------------------------- |
+| 3x3 convolution              | conv3x3_forward(x, w, b)          | conv3x3_backward(dy, x, w, need_dx)           |
+| rectifier                    | relu_forward(x)                   | relu_backward(dy, y)                          |
+| 2x2 max-pooling              | maxpool2x2_forward(x)             | maxpool2x2_backward(dy, argmax, x_shape)      |
+| the three, fused             | conv_relu_pool_forward(x, w, b)   | conv_relu_pool_backward(dy, argmax, x, w, ..) |
+| dense                        | dense_forward(x, w, b)            | dense_backward_input(dy, w),                  |
+|                              |                                   | dense_backward_weights(x, dy),                |
+|                              |                                   | dense_backward_bias(dy)                       |
+| dense, with the update fused |                                   | dense_update_weights(x, dy, w, v, ..)         |
+| dropout                      | dropout(x, rate, key)             | the same: dropout(dy, rate, key)              |
+| LSTM over a sequence         | lstm_forward(z, wh)               | lstm_backward(dh, gates, c, wh)               |
+| softmax                      | softmax(logits)                   |                                               |
+| cross-entropy                | cross_entropy_forward(logits, ..) | cross_entropy_backward(p, targets)            |
+| SGD with momentum            | sgd_update(w, v, dw, ..)          |                                               |
+| short-time Fourier magnitude | stft_magnitude_forward(x, ..)     | stft_magnitude_backward(dy, spectrum, ..)     |
 
 Shape letters, used everywhere: B batch, T time, F frequency, C channels in, O channels out, I inputs, J outputs,
 H hidden units, K classes. Images are (B, T, F, C), channels last; sequences are (B, T, features). A gradient carries

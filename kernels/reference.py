@@ -173,7 +173,7 @@ def dropout_threshold(rate: float) -> int:
 
 
 def _hash32(x: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """Wellons' "lowbias32": a bijection of 32-bit words in which every input bit flips each output bit half the time."""
+    """Wellons' "lowbias32": a bijection of 32-bit words; every input bit flips each output bit half the time."""
     x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
     x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
     return x ^ (x >> np.uint32(16))

@@ -80,11 +80,14 @@ def train_on(
     progress: Progress,
     checkpoint: Checkpoint | None,
 ) -> tuple[Model, list[Any]]:
-    """A fresh network trained on some utterances: (model, epoch results). `words` (seed, repeat, fold) seed all chance."""
+    """A fresh network trained on some utterances: (model, epoch results).
+
+    words: (seed, repeat, fold), from which everything random is drawn.
+    """
     model_seed = int(np.random.SeedSequence(words).generate_state(1)[0])
     model = build_model(settings.arch, backend=settings.backend, seed=model_seed, classes=classes)
-    model.scale = Standardisation.of([frames[i] for i in train])
-    windows = WindowSet([frames[i] for i in train], model.scale, model.input_frames, settings.segment_hop)
+    model.scale = scale = Standardisation.of([frames[i] for i in train])
+    windows = WindowSet([frames[i] for i in train], scale, model.input_frames, settings.segment_hop)
     task = Task(windows, targets[train][windows.owner], words, settings.epochs, settings.batch_size)
     return model, fit(model, task, progress, checkpoint)
 
@@ -107,6 +110,7 @@ def run_fold(
     checkpoint = Checkpoint(path, f"{settings.arch} {words}", progress) if with_checkpoint else None
     try:
         model, epochs = train_on(frames, targets, fold.train, len(corpus.labels), settings, words, progress, checkpoint)
+        assert model.scale is not None
         test = WindowSet([frames[i] for i in fold.test], model.scale, model.input_frames, settings.segment_hop)
         votes = evaluate(model, test)
     except RunFailed as error:

@@ -73,7 +73,7 @@ def _lstm(make: "Maker", filters: int, hidden: int, bins: int, classes: int, dro
 
 
 def _tdcnn(make: "Maker", filters: int, hidden: int, bins: int, classes: int, dropout: float) -> list[Layer]:
-    """The same two convolution blocks for 4 overlapping windows, then two LSTM layers of 1024: 146.8 million parameters."""
+    """The two blocks for each of 4 overlapping windows, then two LSTM layers of 1024: 146.8 million parameters."""
     features = (bins // 4) ** 2 * filters
     blocks = [
         AddChannel(),
@@ -187,7 +187,7 @@ class Model:
         return dict(self.layers.params)
 
     def set_params(self, params: Mapping[str, NDArray[Any]]) -> None:
-        """Copy the given values into the parameters of the same names; ValueError for an unknown name or a wrong shape."""
+        """Copy the values into the parameters of these names; ValueError for an unknown name or a wrong shape."""
         for name, value in params.items():
             if name not in self.layers.params:
                 raise ValueError(f"{self.arch} has no parameter {name!r}: it has {', '.join(self.layers.params)}")
@@ -259,8 +259,8 @@ def build_model(
     """A network with fresh weights, determined by the seed.
 
     arch: "cnn", "lstm" or "tdcnn"; backend: "cpu" or "reference" (the rung of `kernels` that computes). filters, hidden
-    (width of the dense or LSTM layers), bins and classes make smaller twins for tests; windows are bins x bins, and what
-    an architecture lacks is ignored. dtype float64 is for the reference rung. ValueError for anything else.
+    (width of the dense or LSTM layers), bins and classes make smaller twins for tests; windows are bins x bins, and
+    what an architecture lacks is ignored. dtype float64 is for the reference rung. ValueError for anything else.
     """
     if arch not in ARCHITECTURES:
         raise ValueError(f"unknown architecture {arch!r}: choose one of {', '.join(ARCHITECTURES)}")

@@ -103,9 +103,7 @@ def parser() -> argparse.ArgumentParser:
         choices=("sum", "majority"),
         help="how an utterance's windows decide: sum of their probabilities, or majority; both are recorded",
     )
-    protocol.add_argument(
-        "--seed", type=whole(0), default=0, metavar="N", help="seed of folds, weights, order, dropout"
-    )
+    protocol.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of folds, weights, order, dropout")
     protocol.add_argument(
         "--only", type=repeat_and_fold, metavar="R.F", help="run just repeat R, fold F, counted from 0"
     )
@@ -121,7 +119,7 @@ def parser() -> argparse.ArgumentParser:
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="run folder (default: runs/<arch>-<corpus>-s<seed>); resumed if there",
+        help="run folder (default: runs/<arch>-<corpus>-s<seed>), resumed if there",
     )
     how.add_argument("--save", type=Path, metavar="MODEL.npz", help="with --cv none: where to save the model")
     how.add_argument(
@@ -268,8 +266,8 @@ def _cross_validate(options: argparse.Namespace, corpus: "Corpus", config: dict[
     chosen = [fold for fold in folds if options.only in (None, (fold.repeat, fold.number))]
     if not chosen:
         raise UserError(
-            f"--only {options.only[0]}.{options.only[1]}: there are repeats 0 to {config['repeats'] - 1} and folds 0 to "
-            f"{config['folds'] - 1}"
+            f"--only {options.only[0]}.{options.only[1]}: there are repeats 0 to {config['repeats'] - 1} "
+            f"and folds 0 to {config['folds'] - 1}"
         )
     frames = _read_frames(corpus, config["backend"])
     settings = _settings(config)
@@ -312,8 +310,8 @@ def _plan(
 ) -> str:
     kind = {"stratified": "stratified folds", "speaker": "folds, one for each speaker"}[config["cv"]]
     lines = [
-        f"{config['folds']} {kind} x {config['repeats']} repeat{'s' * (config['repeats'] > 1)}, {config['epochs']} epochs "
-        f"of windows {config['segment_hop']} frames apart, batches of {config['batch_size']}"
+        f"{config['folds']} {kind} x {config['repeats']} repeat{'s' * (config['repeats'] > 1)}, "
+        f"{config['epochs']} epochs of windows {config['segment_hop']} frames apart, batches of {config['batch_size']}"
     ]
     if options.only:
         lines.append(f"only repeat {options.only[0]}, fold {options.only[1]}")

@@ -1,7 +1,7 @@
 """Training one network on one set of windows: epochs of shuffled batches, a checkpoint after each.
 
-Everything random is drawn from the seed and the epoch's number, and the checkpoint holds the rest of the state, so a run
-that was stopped and resumed gives the same numbers as one that was not.
+Everything random is drawn from the seed and the epoch's number, and the checkpoint holds the rest of the state, so a
+run that was stopped and resumed gives the same numbers as one that was not.
 """
 
 import os

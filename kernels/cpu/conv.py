@@ -20,8 +20,8 @@ import numba as nb
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.cpu.simd import LANES, REGISTERS, Bytes, Int, Ptr, kernel
-from kernels.cpu.tools import PARTS, Array, as_float32, compiled, round_up
+from kernels.cpu.simd import LANES, REGISTERS, Bytes, Emitter, Int, Ptr, kernel
+from kernels.cpu.tools import PARTS, Array, as_float32, compiled, round_up, thread_id
 from kernels.reference import DEAD
 
 OUT_VECS = 2  # vectors of output channels in a forward tile
@@ -37,7 +37,7 @@ TAPS = [(i, j) for i in range(3) for j in range(3)]
 
 
 def _convolve_cells(
-    k: Any, cells: int, strip: Ptr, row: Int, w: Ptr, bias: Ptr, channels: Int
+    k: Emitter, cells: int, strip: Ptr, row: Int, w: Ptr, bias: Ptr, channels: Int
 ) -> list[list[list[Any]]]:
     """Accumulators [row 0..1][column 0..2*cells-1][vector] = bias + sum over channels and taps of x * w."""
     biases = [k.load(bias + LANES * v) for v in range(OUT_VECS)]
@@ -55,7 +55,9 @@ def _convolve_cells(
 
 def _pooling_tile(cells: int) -> Any:
     @kernel
-    def tile(k, strip: Ptr, row: Int, w: Ptr, bias: Ptr, channels: Int, y: Ptr, argmax: Bytes, cell: Int):  # type: ignore[no-untyped-def]
+    def tile(
+        k: Emitter, strip: Ptr, row: Int, w: Ptr, bias: Ptr, channels: Int, y: Ptr, argmax: Bytes, cell: Int
+    ) -> None:
         """cells x OUT_GROUP values of y and argmax; cell = distance between neighbouring cells in both."""
         acc = _convolve_cells(k, cells, strip, row, w, bias, channels)
         for q in range(cells):
@@ -76,7 +78,9 @@ def _pooling_tile(cells: int) -> Any:
 
 def _plain_tile(cells: int) -> Any:
     @kernel
-    def tile(k, strip: Ptr, row: Int, w: Ptr, bias: Ptr, channels: Int, y: Ptr, y_row: Int, y_column: Int):  # type: ignore[no-untyped-def]
+    def tile(
+        k: Emitter, strip: Ptr, row: Int, w: Ptr, bias: Ptr, channels: Int, y: Ptr, y_row: Int, y_column: Int
+    ) -> None:
         """2 rows x 2*cells columns x OUT_GROUP values of y."""
         acc = _convolve_cells(k, cells, strip, row, w, bias, channels)
         for r in range(2):
@@ -113,7 +117,7 @@ def _conv_relu_pool(x: Array, w: Array, bias: Array, strips: Array, y: Array, ar
     row = strips.shape[2] * C
     for np_ in nb.prange(y.shape[0] * P):
         n, p = np_ // P, np_ % P
-        strip = strips[nb.get_thread_id()]
+        strip = strips[thread_id()]
         fill_strip(x, n, p, strip)
         for o in range(0, O, OUT_GROUP):
             ws, bs = w.ctypes.data + 4 * o * C * 9, bias.ctypes.data + 4 * o
@@ -137,7 +141,7 @@ def _conv3x3(x: Array, w: Array, bias: Array, strips: Array, y: Array) -> None:
     row = strips.shape[2] * C
     for np_ in nb.prange(y.shape[0] * P):
         n, p = np_ // P, np_ % P
-        strip = strips[nb.get_thread_id()]
+        strip = strips[thread_id()]
         fill_strip(x, n, p, strip)
         for o in range(0, O, OUT_GROUP):
             ws, bs = w.ctypes.data + 4 * o * C * 9, bias.ctypes.data + 4 * o
@@ -198,7 +202,18 @@ def _weight_gradient_tile(pooled: bool) -> Any:
     """dw of one input channel from one row of cells; `pooled` says where the gradient of the four pixels comes from."""
 
     @kernel
-    def tile(k, x: Ptr, row: Int, channels: Int, dy: Ptr, argmax: Bytes, dy_row: Int, dy_column: Int, n: Int, dw: Ptr):  # type: ignore[no-untyped-def]
+    def tile(
+        k: Emitter,
+        x: Ptr,
+        row: Int,
+        channels: Int,
+        dy: Ptr,
+        argmax: Bytes,
+        dy_row: Int,
+        dy_column: Int,
+        n: Int,
+        dw: Ptr,
+    ) -> None:
         """dw[tap][o] += sum over n cells and their 4 pixels of x at the tap * dy; DW_GROUP output channels."""
         acc = [[k.var(k.load(dw + (t * DW_GROUP + LANES * v))) for v in range(DW_VECS)] for t in range(9)]
         for q in k.range(n):
@@ -223,7 +238,7 @@ dw_pooled, dw_plain = _weight_gradient_tile(True), _weight_gradient_tile(False)
 
 
 @kernel
-def dw_live(k, x: Ptr, row: Int, channels: Int, dy: Ptr, argmax: Bytes, outputs: Int, n: Int, dw: Ptr):  # type: ignore[no-untyped-def]
+def dw_live(k: Emitter, x: Ptr, row: Int, channels: Int, dy: Ptr, argmax: Bytes, outputs: Int, n: Int, dw: Ptr) -> None:
     """One output channel, one row of n cells: every live maximum adds dy times its 3x3 neighbourhood to dw.
 
     IN_GROUP of the `channels` of x; dw (9, channels) of this output channel stays in registers along the row.
@@ -242,7 +257,7 @@ def dw_live(k, x: Ptr, row: Int, channels: Int, dy: Ptr, argmax: Bytes, outputs:
 
 
 @kernel
-def dx_live(k, dx: Ptr, row: Int, channels: Int, dy: Ptr, argmax: Bytes, outputs: Int, n: Int, w: Ptr):  # type: ignore[no-untyped-def]
+def dx_live(k: Emitter, dx: Ptr, row: Int, channels: Int, dy: Ptr, argmax: Bytes, outputs: Int, n: Int, w: Ptr) -> None:
     """One output channel, one row of n cells: every live maximum adds dy times the kernel to its neighbourhood of dx.
 
     The mirror image of `dw_live`: here the nine taps of w stay in registers.
@@ -275,10 +290,8 @@ def _dw_few_channels(
                 fill_strip(x, n, p, strip)
                 for g in range(O // DW_GROUP):
                     for c in range(C):
-                        at, out = (
-                            strip.ctypes.data + 4 * c,
-                            dw.ctypes.data + 4 * ((part * O + g * DW_GROUP) * C + c * DW_GROUP) * 9,
-                        )
+                        at = strip.ctypes.data + 4 * c
+                        out = dw.ctypes.data + 4 * ((part * O + g * DW_GROUP) * C + c * DW_GROUP) * 9
                         if pooled:
                             d = (n * P + p) * Q * O + g * DW_GROUP
                             dw_pooled(at, row, C, dy.ctypes.data + 4 * d, argmax.ctypes.data + d, 0, O, Q, out)
@@ -322,13 +335,13 @@ def _dw_many_channels(x: Array, dy: Array, argmax: NDArray[np.uint8], strips: Ar
 
 @compiled(parallel=True)
 def _dx(dy: Array, argmax: NDArray[np.uint8], w: Array, images: Array, dx: Array) -> None:
-    """w (O, 9, channels) -> dx (B, T, F, C), by way of one padded image per thread, images (threads, T+2, F+2, channels)."""
+    """w (O, 9, channels) -> dx (B, T, F, C), by way of one padded image per thread: (threads, T+2, F+2, channels)."""
     B, P, Q, O = dy.shape
     T, F, C = dx.shape[1:]
     channels = images.shape[3]
     row = images.shape[2] * channels
     for n in nb.prange(B):
-        image = images[nb.get_thread_id()]
+        image = images[thread_id()]
         image[:] = 0
         for p in range(P):
             for o in range(O):
@@ -342,7 +355,7 @@ def _dx(dy: Array, argmax: NDArray[np.uint8], w: Array, images: Array, dx: Array
         dx[n] = image[1 : T + 1, 1 : F + 1, :C]
 
 
-def _pad_last(x: Array, multiple: int) -> Array:
+def _pad_last(x: NDArray[Any], multiple: int) -> NDArray[Any]:
     """x with its last axis padded with zeros to a whole number of `multiple`; x itself where it is one already."""
     missing = -x.shape[-1] % multiple
     return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x

@@ -15,7 +15,7 @@ from typing import Any
 import numba as nb
 import numpy as np
 
-from kernels.cpu.simd import LANES, REGISTERS, Int, Ptr, kernel, sigmoid, tanh
+from kernels.cpu.simd import LANES, REGISTERS, Emitter, Int, Ptr, kernel, sigmoid, tanh
 from kernels.cpu.tools import Array, as_float32, compiled, round_up
 
 ROWS = 4 if REGISTERS == 32 else 2  # sequences in a forward tile: 4 * ROWS accumulators
@@ -29,9 +29,10 @@ UNITS = BACK_VECS * LANES  # hidden units come in whole groups of this size
 
 def _step_tile(rows: int) -> Any:
     @kernel
-    def tile(  # type: ignore[no-untyped-def]
-        k, z: Ptr, z_row: Int, wh: Ptr, units: Int, depth: Int, h_before: Ptr, c_before: Ptr, h: Ptr, c: Ptr, h_row: Int, gates: Ptr
-    ):  # fmt: skip
+    def tile(
+        k: Emitter, z: Ptr, z_row: Int, wh: Ptr, units: Int, depth: Int, h_before: Ptr, c_before: Ptr,
+        h: Ptr, c: Ptr, h_row: Int, gates: Ptr,
+    ) -> None:  # fmt: skip
         """One step of `rows` sequences x LANES units; `depth` is `units`, or 0 in the first step, where h_before = 0.
 
         z, gates: this step, these units of the input gate (the other gates lie `units` numbers apart); h_before: all
@@ -45,12 +46,12 @@ def _step_tile(rows: int) -> Any:
                 for g in range(4):
                     acc[r][g] += x * ws[g]
         for r in range(rows):
-            i, f, o = (sigmoid(k, acc[r][n].get()) for n in (0, 1, 3))
-            g = tanh(k, acc[r][2].get())
-            cell = f * k.load(c_before + h_row * r) + i * g
+            ingate, forget, outgate = (sigmoid(k, acc[r][n].get()) for n in (0, 1, 3))
+            candidate = tanh(k, acc[r][2].get())
+            cell = forget * k.load(c_before + h_row * r) + ingate * candidate
             k.store(c + h_row * r, cell)
-            k.store(h + h_row * r, o * tanh(k, cell))
-            for n, gate in enumerate((i, f, g, o)):
+            k.store(h + h_row * r, outgate * tanh(k, cell))
+            for n, gate in enumerate((ingate, forget, candidate, outgate)):
                 k.store(gates + z_row * r + units * n, gate)
 
     return tile
@@ -61,7 +62,10 @@ step_many, step_one = _step_tile(ROWS), _step_tile(1)
 
 @compiled(parallel=True)
 def _forward(z: Array, wh: Array, zeros: Array, h: Array, c: Array, gates: Array, threads: int) -> None:
-    """z, gates (B, T, 4H), wh (H/LANES, H, 4, LANES), h, c (B, T, H), H a whole number of UNITS; zeros (>= B*T*H) is c_{-1}."""
+    """z, gates (B, T, 4H), wh (H/LANES, H, 4, LANES), h, c (B, T, H), H a whole number of UNITS.
+
+    zeros stands for h_{-1} and c_{-1} of all sequences: B*T*H of them, because it is walked like h and c.
+    """
     B, T, H = h.shape
     share = -(-B // threads)
     for thread in nb.prange(threads):
@@ -90,8 +94,8 @@ def _forward(z: Array, wh: Array, zeros: Array, h: Array, c: Array, gates: Array
 
 @kernel
 def gate_gradients(
-    k, dh: Ptr, dh_next: Ptr, dc: Ptr, c: Ptr, c_before: Ptr, gates: Ptr, dz: Ptr, units: Int, groups: Int
-):  # type: ignore[no-untyped-def]
+    k: Emitter, dh: Ptr, dh_next: Ptr, dc: Ptr, c: Ptr, c_before: Ptr, gates: Ptr, dz: Ptr, units: Int, groups: Int
+) -> None:
     """One step of one sequence: dz, and dc for the step before, from dh and what came back (dh_next, dc)."""
     for n in k.range(groups):
         u = n * LANES
@@ -108,7 +112,7 @@ def gate_gradients(
 
 def _back_tile(rows: int) -> Any:
     @kernel
-    def tile(k, dz: Ptr, dz_row: Int, wh_t: Ptr, depth: Int, dh: Ptr, dh_row: Int):  # type: ignore[no-untyped-def]
+    def tile(k: Emitter, dz: Ptr, dz_row: Int, wh_t: Ptr, depth: Int, dh: Ptr, dh_row: Int) -> None:
         """dh = dz wh^T for `rows` sequences x UNITS units; depth = 4H."""
         acc = [[k.var(0.0) for _ in range(BACK_VECS)] for _ in range(rows)]
         for i in k.range(depth):

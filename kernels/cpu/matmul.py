@@ -17,8 +17,8 @@ from typing import Any
 import numba as nb
 import numpy as np
 
-from kernels.cpu.simd import LANES, REGISTERS, Int, Ptr, kernel
-from kernels.cpu.tools import Array, compiled, round_up
+from kernels.cpu.simd import LANES, REGISTERS, Emitter, Int, Ptr, kernel
+from kernels.cpu.tools import Array, compiled, round_up, thread_id
 
 ROWS = 8 if REGISTERS == 32 else 6
 VECS = 2
@@ -27,7 +27,7 @@ BLOCK = 256  # rows, columns and depth of a cache block; COLUMNS divides it
 UPDATE_ROWS = 8 * ROWS  # rows of weights that share one pass over the panels of dy
 
 
-def _accumulate(k: Any, a: Ptr, b: Ptr, depth: Int) -> list[list[Any]]:
+def _accumulate(k: Emitter, a: Ptr, b: Ptr, depth: Int) -> list[list[Any]]:
     """ROWS x VECS accumulators: sum over `depth` of a column of ROWS numbers times a row of VECS vectors."""
     acc = [[k.var(0.0) for _ in range(VECS)] for _ in range(ROWS)]
     for i in k.range(depth):
@@ -40,7 +40,7 @@ def _accumulate(k: Any, a: Ptr, b: Ptr, depth: Int) -> list[list[Any]]:
 
 
 @kernel
-def add_product(k, a: Ptr, b: Ptr, depth: Int, c: Ptr, c_row: Int):  # type: ignore[no-untyped-def]
+def add_product(k: Emitter, a: Ptr, b: Ptr, depth: Int, c: Ptr, c_row: Int) -> None:
     """c += a b for one tile."""
     acc = _accumulate(k, a, b, depth)
     for r in range(ROWS):
@@ -50,8 +50,10 @@ def add_product(k, a: Ptr, b: Ptr, depth: Int, c: Ptr, c_row: Int):  # type: ign
 
 
 @kernel
-def update_product(k, a: Ptr, b: Ptr, depth: Int, w: Ptr, velocity: Ptr, w_row: Int, lr: Ptr, momentum: Ptr):  # type: ignore[no-untyped-def]
-    """One tile of the gradient a b, applied from registers: velocity = momentum * velocity - lr * a b; w += velocity."""
+def update_product(
+    k: Emitter, a: Ptr, b: Ptr, depth: Int, w: Ptr, velocity: Ptr, w_row: Int, lr: Ptr, momentum: Ptr
+) -> None:
+    """One tile of the gradient a b, applied from registers: velocity = momentum*velocity - lr * a b; w += velocity."""
     acc = _accumulate(k, a, b, depth)
     rate, keep = k.splat(lr), k.splat(momentum)
     for r in range(ROWS):
@@ -102,7 +104,7 @@ def _multiply(a: Array, b: Array, stride_k: int, stride_n: int, N: int, panels: 
     width = c.shape[1]
     for task in nb.prange(row_blocks * column_blocks):
         first_tile, n0 = task % row_blocks * tiles_per_block, task // row_blocks * BLOCK
-        mine = panels[nb.get_thread_id()]
+        mine = panels[thread_id()]
         for k0 in range(0, K, BLOCK):
             depth = min(BLOCK, K - k0)
             _pack_columns(b, stride_k, stride_n, k0, n0, depth, N, mine)
@@ -135,7 +137,7 @@ def _packed_rows(a: Array) -> Array:
 
 def matmul(a: Array, b: Array, bias: Array | None = None) -> Array:
     """a b (+ bias), float32: a (M, K), b (K, N), either may be a transposed view -> (M, N)."""
-    (M, K), N = a.shape, b.shape[1]
+    M, N = len(a), b.shape[1]
     c = np.zeros((round_up(M, ROWS), round_up(N, COLUMNS)), np.float32)
     if bias is not None:
         c[:, :N] = bias
@@ -152,7 +154,7 @@ def _update(a: Array, b: Array, w: Array, velocity: Array, edges: Array, factors
     rate, keep = factors[0], factors[1]
     group = UPDATE_ROWS // ROWS
     for task in nb.prange(-(-tiles // group)):
-        edge = edges[nb.get_thread_id()]
+        edge = edges[thread_id()]
         for panel in range(b.shape[0]):
             j = panel * COLUMNS
             for tile in range(task * group, min(task * group + group, tiles)):

@@ -30,13 +30,15 @@ to the number of vector registers (`REGISTERS`).
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Union
+from typing import Any, TypeVar, Union
 
 from llvmlite import binding as llvm
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
+
+_alloca: Any = cgutils.alloca_once  # at the head of the function, where LLVM turns it into a register
 
 F32, I8, I32, I64 = ir.FloatType(), ir.IntType(8), ir.IntType(32), ir.IntType(64)
 
@@ -102,14 +104,16 @@ class Int(Value):
         return Int(self.k, self.k.b.lshr(self.ir, self._operand(other)))
 
 
+P = TypeVar("P", bound="Ptr")
+
+
 class Ptr(Int):
     """The address of a float32; sums count in elements."""
 
     size = 4
 
-    def __add__(self, other: Int | int) -> "Ptr":
-        offset = other * self.size
-        return type(self)(self.k, self.k.b.add(self.ir, self._operand(offset)))
+    def __add__(self: P, other: Int | int) -> P:
+        return type(self)(self.k, self.k.b.add(self.ir, self._operand(other * self.size)))
 
     __radd__ = __add__
 
@@ -192,7 +196,7 @@ class Var:
     """A mutable vector, which LLVM keeps in a register: `v += x * w` is one fused multiply-add."""
 
     def __init__(self, k: "Emitter", init: Number) -> None:
-        self.k, self.slot = k, cgutils.alloca_once(k.b, VEC)
+        self.k, self.slot = k, _alloca(k.b, VEC)
         self.set(init)
 
     def set(self, value: Number) -> None:

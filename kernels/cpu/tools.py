@@ -9,10 +9,17 @@ from typing import Any, TypeAlias
 
 import numba as nb
 import numpy as np
-from numba.core import config
+from numba.core import config as numba_config
 from numpy.typing import NDArray
 
 Array: TypeAlias = NDArray[np.float32]
+
+# Threads that wait for work must sleep: spinning, they take the core from whoever has some. Read by GNU OpenMP when
+# Numba starts its threads.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+thread_id: Any = nb.get_thread_id
+"""The number of the thread at work, inside compiled code."""
 
 PARTS = 16
 """Weight gradients are summed in this many parts, whatever the number of threads, so that the result does not depend
@@ -23,7 +30,7 @@ FASTMATH = {"reassoc", "contract", "arcp", "nsz"}
 
 
 def _cache_folder() -> Path:
-    """Where compiled kernels are kept: the user's cache folder (or NUMBA_CACHE_DIR), one folder per state of the sources.
+    """Where compiled kernels are kept: the user's cache folder (or NUMBA_CACHE_DIR), a folder per state of the sources.
 
     Numba looks at the date of the file that holds a function, not at what it calls; so the name hashes all sources of
     this rung, and a changed helper never leaves a stale kernel behind. A read-only home falls back to the temporary
@@ -59,11 +66,12 @@ def compiled(function: Any = None, *, parallel: bool = False) -> Any:
     """`numba.njit` as this rung uses it: lazy, cached in CACHE_FOLDER, division unchecked so that loops vectorise."""
 
     def decorate(f: Callable[..., Any]) -> Any:
-        before, config.CACHE_DIR = config.CACHE_DIR, str(CACHE_FOLDER)
+        settings: Any = numba_config  # where Numba looks when it decorates; put back for everybody else's functions
+        before, settings.CACHE_DIR = settings.CACHE_DIR, str(CACHE_FOLDER)
         try:
             return nb.njit(f, cache=True, parallel=parallel, error_model="numpy", fastmath=FASTMATH)
         finally:
-            config.CACHE_DIR = before
+            settings.CACHE_DIR = before
 
     return decorate(function) if function is not None else decorate
 
