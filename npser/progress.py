@@ -9,6 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TextIO
 
+from npser.runfolder import EpochResult
+
+ESTIMATE_AFTER = 3  # updates timed before the length of the run is estimated
+
 
 def duration(seconds: float) -> str:
     """0.4 s, 12 s, 3 min 20 s, 2 h 05 min."""
@@ -36,7 +40,6 @@ class Progress:
     done: int = 0
     measured: int = 0
     seconds: float = 0.0
-    estimate_after: int = 3  # steps: the first one compiles or warms up, and is not counted
 
     def __post_init__(self) -> None:
         self.live = self.stream.isatty()
@@ -57,35 +60,36 @@ class Progress:
         """These steps of the fold were done by an earlier start."""
         self.done += steps
 
-    def step(self, seconds: float, windows: int, epoch: str, loss: float, accuracy: float) -> None:
-        """One step done; loss and accuracy are the epoch's so far."""
+    def step(self, seconds: float, windows: int, loss: float, accuracy: float, epoch: int, epochs: int) -> None:
+        """One update done, in so many seconds; loss and accuracy are the epoch's so far."""
         self.done += 1
         self._fold_measured += 1
         if self._fold_measured > 1:  # the first step of a fold warms caches, or compiles: it says nothing of the others
             self.measured += 1
             self.seconds += seconds
-        if not self._announced and self.measured >= self.estimate_after:
+        if not self._announced and self.measured >= ESTIMATE_AFTER:
             self._announced = True
-            self.say(f"about {duration(self.left(self.total - self.done))} for all of it ({self._rate()})")
+            rate = f"{1000 * self.seconds / self.measured:.0f} ms an update, measured on {self.measured} of them"
+            self.say(f"about {duration(self._left(self.total - self.done))} for all of it ({rate})")
         now = self.clock()
         if self.live and now - self._last_drawn > 0.2:
             self._last_drawn = now
-            self.stream.write("\r\x1b[K" + self._line(epoch, windows / max(seconds, 1e-9), loss, accuracy))
+            line = self._line(epoch, epochs, windows / max(seconds, 1e-9), loss, accuracy)
+            self.stream.write("\r\x1b[K" + line)
             self.stream.flush()
 
-    def epoch_done(self, epoch: str, windows_per_second: float, loss: float, accuracy: float, note: str = "") -> None:
-        self.say(self._line(epoch, windows_per_second, loss, accuracy) + note)
+    def epoch_done(self, result: EpochResult, epochs: int, windows: int) -> None:
+        """An epoch of so many windows is over: a line that stays."""
+        speed = windows / max(result.seconds, 1e-9)
+        self.say(self._line(result.epoch, epochs, speed, result.loss, result.accuracy))
 
-    def left(self, steps: int) -> float:
+    def _left(self, steps: int) -> float:
         """Seconds that so many steps will take."""
         return steps * self.seconds / self.measured if self.measured else 0.0
 
-    def _rate(self) -> str:
-        return f"{1000 * self.seconds / self.measured:.0f} ms a step, measured on the first {self.measured}"
-
-    def _line(self, epoch: str, speed: float, loss: float, accuracy: float) -> str:
-        fold, run = self.left(self._fold_end - self.done), self.left(self.total - self.done)
+    def _line(self, epoch: int, epochs: int, speed: float, loss: float, accuracy: float) -> str:
+        fold, run = self._left(self._fold_end - self.done), self._left(self.total - self.done)
         return (
-            f"{self.title}  epoch {epoch}  loss {loss:.4f}  training accuracy {100 * accuracy:5.1f} %  "
+            f"{self.title}  epoch {epoch}/{epochs}  loss {loss:.4f}  training accuracy {100 * accuracy:5.1f} %  "
             f"{speed:5.0f} windows/s  left: fold {duration(fold)}, run {duration(run)}"
         )

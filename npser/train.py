@@ -201,7 +201,7 @@ def _config(options: argparse.Namespace, corpus: "Corpus", threads: int, demo: b
     }
 
 
-def _read_frames(corpus: "Corpus", backend: str) -> "Frames":
+def read_frames(corpus: "Corpus", backend: str) -> "Frames":
     """The log magnitudes of every utterance."""
     import kernels
     from npser.features import log_magnitude
@@ -269,7 +269,7 @@ def _cross_validate(options: argparse.Namespace, corpus: "Corpus", config: dict[
             f"--only {options.only[0]}.{options.only[1]}: there are repeats 0 to {config['repeats'] - 1} "
             f"and folds 0 to {config['folds'] - 1}"
         )
-    frames = _read_frames(corpus, config["backend"])
+    frames = read_frames(corpus, config["backend"])
     settings = _settings(config)
     length = input_frames(config["arch"])
     finished = set(folder.finished())
@@ -336,7 +336,7 @@ def _fit_everything(options: argparse.Namespace, corpus: "Corpus", config: dict[
     path = options.save or folder.path / "model.npz"
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise UserError(f"--save {path}: the folder {path.parent} is not there or cannot be written to")
-    frames = _read_frames(corpus, config["backend"])
+    frames = read_frames(corpus, config["backend"])
     settings = _settings(config)
     everything = np.arange(len(frames))
     total = training_steps(frames, corpus.targets, everything, input_frames(config["arch"]), settings)

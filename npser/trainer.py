@@ -7,7 +7,7 @@ run that was stopped and resumed gives the same numbers as one that was not.
 import os
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,42 +54,38 @@ def fit(model: Model, task: Task, progress: Progress, checkpoint: "Checkpoint | 
     """
     sgd = SGD()
     done = checkpoint.load(model, sgd) if checkpoint else []
-    windows = task.oversampled()
-    progress.skip(len(done) * -(-len(windows) // task.batch_size))
-    for epoch in range(len(done), task.epochs):
-        order = np.random.default_rng([*task.seed, _SHUFFLING, epoch]).permutation(windows)
-        result = _one_epoch(model, sgd, task, order, f"{epoch + 1}/{task.epochs}", progress)
+    progress.skip(len(done) * steps_per_epoch(task.targets, task.batch_size))
+    for result in train_epochs(model, sgd, task, progress, first=len(done)):
         done.append(result)
-        note = ""
-        if checkpoint and epoch + 1 < task.epochs:
-            note = f"  checkpoint {duration(checkpoint.save(model, sgd, done))}"
-        progress.epoch_done(
-            f"{epoch + 1}/{task.epochs}", len(order) / result.seconds, result.loss, result.accuracy, note
-        )
+        if checkpoint and result.epoch < task.epochs:
+            progress.say(f"    checkpoint written in {duration(checkpoint.save(model, sgd, done))}")
     return done
 
 
-def _one_epoch(
-    model: Model, sgd: SGD, task: Task, order: NDArray[np.intp], name: str, progress: Progress
-) -> EpochResult:
-    """Every window of `order` once, in batches (the last one may be smaller)."""
-    loss_sum, right, seen = 0.0, 0, 0
-    started = time.monotonic()
-    for first in range(0, len(order), task.batch_size):
-        before = time.monotonic()
-        batch = order[first : first + task.batch_size]
-        y = task.targets[batch]
-        loss, p = model.train_batch(task.windows.batch(batch), y, sgd)
-        if not np.isfinite(loss):
-            raise RunFailed(
-                f"the training diverged: the loss is {loss} in epoch {name}, update {sgd.updates}; no result is written"
-            )
-        loss_sum += loss * len(batch)
-        right += int((p.argmax(axis=1) == y).sum())
-        seen += len(batch)
-        progress.step(time.monotonic() - before, len(batch), name, loss_sum / seen, right / seen)
-    number = int(name.split("/")[0])
-    return EpochResult(number, loss_sum / seen, right / seen, time.monotonic() - started)
+def train_epochs(model: Model, sgd: SGD, task: Task, progress: Progress, first: int = 0) -> Iterator[EpochResult]:
+    """Train epoch after epoch, `first` of them done already; yields each one's result when it is over."""
+    windows = task.oversampled()
+    for epoch in range(first, task.epochs):
+        order = np.random.default_rng([*task.seed, _SHUFFLING, epoch]).permutation(windows)
+        loss_sum, right, seen = 0.0, 0, 0
+        started = time.monotonic()
+        for at in range(0, len(order), task.batch_size):
+            before = time.monotonic()
+            batch = order[at : at + task.batch_size]  # the last one may be smaller
+            y = task.targets[batch]
+            loss, p = model.train_batch(task.windows.batch(batch), y, sgd)
+            if not np.isfinite(loss):
+                raise RunFailed(
+                    f"the training diverged: the loss is {loss} in epoch {epoch + 1}, update {sgd.updates + 1}; "
+                    "no result is written"
+                )
+            loss_sum += loss * len(batch)
+            right += int((p.argmax(axis=1) == y).sum())
+            seen += len(batch)
+            progress.step(time.monotonic() - before, len(batch), loss_sum / seen, right / seen, epoch + 1, task.epochs)
+        result = EpochResult(epoch + 1, loss_sum / seen, right / seen, time.monotonic() - started)
+        progress.epoch_done(result, task.epochs, len(order))
+        yield result
 
 
 @dataclass(frozen=True)

@@ -97,16 +97,17 @@ conv_wide, conv_one = _plain_tile(CELLS), _plain_tile(1)
 
 @compiled
 def fill_strip(x: Array, n: int, p: int, strip: Array) -> None:
-    """Copy rows 2p-1 .. 2p+2 of image n to strip (4, F+2 or F+3, channels), zeros outside the image."""
+    """Copy rows 2p-1 .. 2p+2 of image n to strip (4, F+2 or F+3, channels), zeros outside the image.
+
+    Loops, not slices: assigning a slice takes Numba seconds to compile.
+    """
     T, F, C = x.shape[1:]
     for r in range(4):
         t = 2 * p - 1 + r
-        if 0 <= t < T:
-            strip[r, 1 : F + 1, :C] = x[n, t]
-            strip[r, 0] = 0
-            strip[r, F + 1 :] = 0
-        else:
-            strip[r] = 0
+        for f in range(strip.shape[1]):
+            inside = 0 <= t < T and 1 <= f <= F
+            for c in range(strip.shape[2]):
+                strip[r, f, c] = x[n, t, f - 1, c] if inside and c < C else np.float32(0)
 
 
 @compiled(parallel=True)
@@ -342,7 +343,10 @@ def _dx(dy: Array, argmax: NDArray[np.uint8], w: Array, images: Array, dx: Array
     row = images.shape[2] * channels
     for n in nb.prange(B):
         image = images[thread_id()]
-        image[:] = 0
+        for t in range(T + 2):
+            for f in range(F + 2):
+                for c in range(channels):
+                    image[t, f, c] = 0
         for p in range(P):
             for o in range(O):
                 d = (n * P + p) * Q * O + o
@@ -352,7 +356,10 @@ def _dx(dy: Array, argmax: NDArray[np.uint8], w: Array, images: Array, dx: Array
                         dy.ctypes.data + 4 * d, argmax.ctypes.data + d, O, Q,
                         w.ctypes.data + 4 * (o * 9 * channels + c),
                     )  # fmt: skip
-        dx[n] = image[1 : T + 1, 1 : F + 1, :C]
+        for t in range(T):
+            for f in range(F):
+                for c in range(C):
+                    dx[n, t, f, c] = image[t + 1, f + 1, c]
 
 
 def _pad_last(x: NDArray[Any], multiple: int) -> NDArray[Any]:

@@ -91,8 +91,9 @@ def _pack_columns(b: Array, stride_k: int, stride_n: int, k0: int, n0: int, K: i
                 at = k0 * stride_k + (first + x) * stride_n
                 for i in range(K):
                     packed[panel, i, x] = b[at + i * stride_k]
-        if filled < COLUMNS:
-            packed[panel, :K, filled:] = 0
+        for i in range(K):
+            for x in range(filled, COLUMNS):
+                packed[panel, i, x] = 0
 
 
 @compiled(parallel=True)
@@ -167,7 +168,9 @@ def _update(a: Array, b: Array, w: Array, velocity: Array, edges: Array, factors
                         factors.ctypes.data, factors.ctypes.data + 4,
                     )  # fmt: skip
                 else:
-                    edge[:] = 0
+                    for r in range(ROWS):
+                        for x in range(COLUMNS):
+                            edge[r, x] = 0
                     add_product(at_a, at_b, K, edge.ctypes.data, COLUMNS)
                     for r in range(min(ROWS, I - i)):
                         for x in range(min(COLUMNS, J - j)):

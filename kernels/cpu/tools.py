@@ -18,7 +18,7 @@ Array: TypeAlias = NDArray[np.float32]
 # Numba starts its threads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-thread_id: Any = nb.get_thread_id
+thread_id: Any = nb.np.ufunc.parallel.get_thread_id
 """The number of the thread at work, inside compiled code."""
 
 PARTS = 16
