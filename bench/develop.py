@@ -37,11 +37,11 @@ def main() -> int:
     from npser.crossval import make_folds
     from npser.features import Standardisation, WindowSet
     from npser.folds import development_split
+    from npser.frontend import read_frames
     from npser.metrics import confusion_matrix, unweighted_average_recall
     from npser.models import build_model
     from npser.optim import SGD
     from npser.progress import Progress
-    from npser.train import read_frames
     from npser.trainer import Task, evaluate, steps_per_epoch, train_epochs
 
     corpus = open_corpus(options.data)

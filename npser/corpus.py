@@ -150,13 +150,18 @@ def _header_promises_more(path: str) -> bool:
     return False
 
 
+def user_cache() -> Path:
+    """The user's cache folder of this program (it need not exist)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "npser"
+
+
 def _find_emodb() -> Path:
     """Return the folder of EMO-DB. UserError if it is in neither of the two places."""
     if data := os.environ.get("NPSER_DATA"):
         folder = Path(data) / "emodb"
         if folder.exists():
             return folder
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "npser" / "emodb"
+    cache = user_cache() / "emodb"
     if cache.exists():
         return cache
     raise UserError(
@@ -197,8 +202,9 @@ def _folder_corpus(folder: Path) -> Corpus:
     emotions = {u.emotion for u in utterances}
     if len(emotions) == 1:
         raise UserError(f"--data {folder}: only one emotion ({utterances[0].emotion}); at least two are needed")
+    name = "demo-folder" if root.name == "demo" else root.name  # "demo" is the built-in corpus
     return Corpus(
-        name="emodb" if is_emodb else root.name,
+        name="emodb" if is_emodb else name,
         labels=_label_order(emotions),
         utterances=tuple(utterances),
         skipped=tuple(skipped),

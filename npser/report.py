@@ -8,7 +8,6 @@ the terminal or as Markdown for the run folder's report.md.
 
 import argparse
 import math
-import os
 import sys
 import textwrap
 from collections import Counter
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from npser.cli import run
 from npser.errors import UserError
 from npser.metrics import (
     Figure,
@@ -253,8 +253,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("folders", metavar="FOLDER", nargs="+", type=Path, help="a run folder, --out of npser.train")
     folders: list[Path] = parser.parse_args(arguments).folders
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # class names that the terminal cannot show
     status, separator = 0, ""
     for path in folders:
         try:
@@ -270,12 +268,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        code = main()
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        code = 130
-    except BrokenPipeError:  # the reader, `head` for one, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    sys.exit(code)
+    run("npser.report", main)

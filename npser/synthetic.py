@@ -12,7 +12,6 @@ Write it to disk with `python -m npser.synthetic FOLDER`.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
+from npser.cli import run
 from npser.corpus import PAPER_LABELS, SAMPLE_RATE, Corpus, Utterance
 from npser.errors import UserError
 
@@ -279,14 +279,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder to write to; created if missing")
     folder = parser.parse_args(argv).folder
-    try:
-        count = write_corpus(folder)
-    except UserError as error:
-        print(f"npser.synthetic: {error}", file=sys.stderr)
-        return 2
+    count = write_corpus(folder)
     print(f"{count} utterances written to {folder}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run("npser.synthetic", main)

@@ -18,7 +18,7 @@ from npser.errors import UserError
 
 if TYPE_CHECKING:
     from npser.corpus import Corpus
-    from npser.crossval import Frames, Settings
+    from npser.crossval import Settings
     from npser.progress import Progress
     from npser.runfolder import RunFolder
 
@@ -157,15 +157,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _set_threads(wanted: int | None, backend: str) -> int:
-    """Pin Numba, and the BLAS that NumPy brings, before either is imported; returns the number of threads."""
+    """Pin Numba, and (before NumPy is imported) the BLAS that it brings; returns the number of threads."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if wanted is not None and wanted > available:
         raise UserError(f"--threads {wanted}: this machine has {available} cores: use at most so many")
     threads = wanted or available
-    os.environ["NUMBA_NUM_THREADS"] = str(threads)
     # The compiled kernels do without BLAS; a pool of its threads would only spin on the cores that they need.
     for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
         os.environ[variable] = str(threads if backend == "reference" else 1)
+    import numba
+
+    try:
+        numba.set_num_threads(threads)
+    except ValueError:
+        raise UserError(
+            f"--threads {threads}: NUMBA_NUM_THREADS={os.environ.get('NUMBA_NUM_THREADS')} allows fewer: unset it"
+        ) from None
     return threads
 
 
@@ -199,23 +206,6 @@ def _config(options: argparse.Namespace, corpus: "Corpus", threads: int, demo: b
         "threads": threads,
         "versions": versions(),
     }
-
-
-def read_frames(corpus: "Corpus", backend: str) -> "Frames":
-    """The log magnitudes of every utterance."""
-    import kernels
-    from npser.features import log_magnitude
-
-    k = kernels.rung(backend)
-    frames = []
-    live = sys.stderr.isatty()
-    for n, utterance in enumerate(corpus.utterances, 1):
-        if live and n % 20 == 0:
-            print(f"\r\x1b[Kreading {n} of {len(corpus.utterances)} recordings", end="", file=sys.stderr, flush=True)
-        frames.append(log_magnitude(k, corpus.read(utterance)))
-    if live:
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-    return frames
 
 
 def _settings(config: dict[str, Any]) -> "Settings":
@@ -257,6 +247,7 @@ def _warn_of_compilation(backend: str, progress: "Progress") -> None:
 
 def _cross_validate(options: argparse.Namespace, corpus: "Corpus", config: dict[str, Any]) -> int:
     from npser.crossval import make_folds, run_fold, training_steps
+    from npser.frontend import read_frames
     from npser.models import input_frames, parameter_count
     from npser.progress import Progress
     from npser.report import render_text
@@ -269,7 +260,7 @@ def _cross_validate(options: argparse.Namespace, corpus: "Corpus", config: dict[
             f"--only {options.only[0]}.{options.only[1]}: there are repeats 0 to {config['repeats'] - 1} "
             f"and folds 0 to {config['folds'] - 1}"
         )
-    frames = read_frames(corpus, config["backend"])
+    frames = read_frames(corpus, config["backend"], config["threads"])
     settings = _settings(config)
     length = input_frames(config["arch"])
     finished = set(folder.finished())
@@ -327,6 +318,7 @@ def _fit_everything(options: argparse.Namespace, corpus: "Corpus", config: dict[
     import numpy as np
 
     from npser.crossval import train_on, training_steps
+    from npser.frontend import read_frames
     from npser.models import input_frames, parameter_count
     from npser.progress import Progress
     from npser.trainer import Checkpoint
@@ -336,7 +328,7 @@ def _fit_everything(options: argparse.Namespace, corpus: "Corpus", config: dict[
     path = options.save or folder.path / "model.npz"
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise UserError(f"--save {path}: the folder {path.parent} is not there or cannot be written to")
-    frames = read_frames(corpus, config["backend"])
+    frames = read_frames(corpus, config["backend"], config["threads"])
     settings = _settings(config)
     everything = np.arange(len(frames))
     total = training_steps(frames, corpus.targets, everything, input_frames(config["arch"]), settings)

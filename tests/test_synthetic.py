@@ -11,6 +11,7 @@ import soundfile
 
 from npser import synthetic
 from npser.corpus import PAPER_LABELS, SAMPLE_RATE, open_corpus
+from npser.errors import UserError
 from npser.synthetic import demo_corpus, main
 
 
@@ -167,12 +168,12 @@ def test_command_writes_folders_that_open_as_a_corpus(tmp_path, monkeypatch, cap
     np.testing.assert_allclose(written.read(utterance), synthetic.synthesise(original), atol=2**-15)
 
 
-def test_command_refuses_a_file_in_one_line(tmp_path, capsys):
+def test_command_refuses_a_file_in_one_line(tmp_path):
     (tmp_path / "taken").write_text("x")
-    assert main([str(tmp_path / "taken")]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert str(tmp_path / "taken") in error
+    with pytest.raises(UserError) as error:
+        main([str(tmp_path / "taken")])
+    assert "\n" not in str(error.value)
+    assert str(tmp_path / "taken") in str(error.value)
 
 
 def test_command_without_a_folder_exits_with_2(capsys):

@@ -1,0 +1,50 @@
+"""What several test files need: small corpora made on the spot, and the command line in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+# Before NumPy's BLAS starts its threads: they would spin on the cores that Numba's need.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def write_tone(path: Path, hertz: float, seconds: float = 1.2, seed: int = 0) -> None:
+    """A harmonic tone with a little noise, 16 kHz, 16 bit."""
+    rng = np.random.default_rng(seed)
+    t = np.arange(int(16000 * seconds)) / 16000
+    wave = sum(np.sin(2 * np.pi * hertz * n * t) / n for n in (1, 2, 3)) + 0.05 * rng.standard_normal(len(t))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, 0.2 * wave, 16000, subtype="PCM_16")
+
+
+@pytest.fixture(scope="session")
+def tones(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder corpus: 6 low tones called sadness, 8 high ones called happy."""
+    folder = tmp_path_factory.mktemp("tones")
+    for n in range(6):
+        write_tone(folder / "sadness" / f"low{n}.wav", 150 + 10 * n, seed=n)
+    for n in range(8):
+        write_tone(folder / "happy" / f"high{n}.wav", 600 + 40 * n, seed=100 + n)
+    return folder
+
+
+def run_module(module: str, *arguments: str | Path, **options) -> subprocess.CompletedProcess:
+    """python -m MODULE ARGUMENTS in a fresh process."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | options.pop("env", {})
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False, **options)
+
+
+def start_module(module: str, *arguments: str | Path) -> subprocess.Popen:
+    """The same, not waited for."""
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    return subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )

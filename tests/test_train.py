@@ -1,0 +1,295 @@
+"""The command `python -m npser.train`: what it writes, how it resumes, what it refuses."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from conftest import run_module, start_module, write_tone
+
+from npser import train, trainer
+from npser.errors import RunFailed, UserError
+from npser.features import FRAME, HOP
+from npser.models import load_model
+from npser.optim import SGD
+
+# The lstm is the fastest of the three networks; a hop of 40 frames leaves one or two windows per tone.
+SHORT = ("--arch", "lstm", "--folds", "2", "--repeats", "1", "--epochs", "3", "--segment-hop", "40")
+
+
+def numbers(fold_file: Path) -> dict:
+    """A fold's result without what depends on the clock."""
+    fold = json.loads(fold_file.read_text())
+    for epoch in fold["epochs"]:
+        del epoch["seconds"]
+    del fold["run"]
+    return fold
+
+
+@pytest.fixture(scope="module")
+def finished(tones, tmp_path_factory) -> Path:
+    """The run folder of a short cross-validation."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    result = run_module("npser.train", *SHORT, "--data", tones, "--out", out)
+    assert result.returncode == 0, result.stderr
+    (out / "stdout").write_text(result.stdout)
+    (out / "stderr").write_text(result.stderr)
+    return out
+
+
+def test_run_folder_holds_config_folds_predictions_and_report(finished, tones):
+    config = json.loads((finished / "config.json").read_text())
+    assert config["arch"] == "lstm"
+    assert config["labels"] == ["sadness", "happy"]
+    assert config["features"]["frame"] == FRAME
+    assert config["features"]["hop"] == HOP
+    assert config["versions"]["numba"]
+    folds = [json.loads((finished / "folds" / f"r0f{f}.json").read_text()) for f in (0, 1)]
+    tested = [u["file"] for fold in folds for u in fold["utterances"]]
+    everything = [path.relative_to(tones).as_posix() for path in tones.rglob("*.wav")]
+    assert sorted(tested) == sorted(everything)
+    assert [e["epoch"] for e in folds[0]["epochs"]] == [1, 2, 3]
+    with (finished / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    head = ["repeat", "fold", "file", "speaker", "truth", "prediction"]
+    assert list(rows[0]) == [*head, "p_sadness", "p_happy"]
+    assert len(rows) == len(everything)
+    assert all(abs(float(row["p_sadness"]) + float(row["p_happy"]) - 1) < 1e-5 for row in rows)
+    assert (finished / "report.md").read_text().startswith("# lstm on tones")
+    assert not list(finished.rglob("*checkpoint*"))
+
+
+def test_output_says_what_is_run_and_how_it_went(finished):
+    out, log = (finished / "stdout").read_text(), (finished / "stderr").read_text()
+    first, second, third = out.splitlines()[:3]
+    assert re.match(r"lstm on corpus tones\d*: 14 utterances, 2 emotions, 0.3 min of speech", first)
+    assert second.startswith("0.395 million parameters, backend cpu")
+    assert "2 stratified folds x 1 repeat, 3 epochs of windows 40 frames apart, batches of 32" in third
+    for wanted in ("precision", "recall", "F1", "UAR", "Confusion matrix", "+-"):
+        assert wanted in out
+    # A pipe gets plain lines: one per epoch and fold, no control characters.
+    assert "\r" not in log
+    assert "\x1b" not in log
+    epochs = re.findall(
+        r"fold 0\.[01]  epoch [123]/3  loss \d+\.\d+  training accuracy +\d+\.\d %  +\d+ windows/s  left: fold .*, run ",
+        log,
+    )
+    assert len(epochs) == 6
+    assert re.search(r"about .* for all of it \(\d+ ms an update", log)
+    assert "checkpoint written in" in log
+
+
+def test_same_command_again_trains_nothing_and_prints_the_same_table(finished, tones):
+    before = {path: path.read_bytes() for path in (finished / "folds").iterdir()}
+    again = run_module("npser.train", *SHORT, "--data", tones, "--out", finished)
+    assert again.returncode == 0, again.stderr
+    assert "epoch" not in again.stderr
+    assert "2 of 2 folds are finished already" in again.stdout
+    assert again.stdout.split("\n\n", 1)[1] == (finished / "stdout").read_text().split("\n\n", 1)[1]
+    assert {path: path.read_bytes() for path in (finished / "folds").iterdir()} == before
+
+
+def test_majority_vote_may_be_asked_for_later(finished, tones):
+    again = run_module("npser.train", *SHORT, "--data", tones, "--out", finished, "--vote", "majority")
+    assert again.returncode == 0, again.stderr
+    assert "majority vote" in (finished / "report.md").read_text().split("\n## ")[0]
+
+
+@pytest.mark.parametrize(("option", "value", "old"), [("--epochs", "4", "3"), ("--seed", "5", "0")])
+def test_other_options_in_the_same_folder_are_refused(finished, tones, option, value, old):
+    result = run_module("npser.train", *SHORT, option, value, "--data", tones, "--out", finished)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert f"{option} was {old}, now {value}" in result.stderr
+
+
+def test_killed_run_resumes_with_the_same_result(finished, tones, tmp_path):
+    """SIGKILL after the first checkpoint; the resumed fold equals the one that was never stopped."""
+    command = (*SHORT, "--data", tones, "--out", tmp_path / "out", "--only", "0.0")
+    checkpoint = tmp_path / "out" / "folds" / "r0f0.checkpoint.npz"
+    process = start_module("npser.train", *command)
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    if (tmp_path / "out" / "folds" / "r0f0.json").exists():
+        pytest.fail("the run was over before it could be killed: make it longer")
+    assert checkpoint.exists()
+    result = run_module("npser.train", *command)
+    assert result.returncode == 0, result.stderr
+    assert "epoch 1/3" not in result.stderr  # it went on, and did not start again
+    assert numbers(tmp_path / "out" / "folds" / "r0f0.json") == numbers(finished / "folds" / "r0f0.json")
+    assert not list(tmp_path.rglob("*checkpoint*"))
+
+
+def test_damaged_checkpoint_is_named_and_the_fold_starts_again(finished, tones, tmp_path):
+    (tmp_path / "folds").mkdir()
+    (tmp_path / "folds" / "r0f0.checkpoint.npz").write_bytes(b"PK\x03\x04 not much of an archive")
+    command = ("npser.train", *SHORT, "--data", tones, "--out", tmp_path, "--only", "0.0", "--no-checkpoint")
+    assert run_module(*command).returncode == 0  # without checkpoints it is not even looked at
+    (tmp_path / "folds" / "r0f0.json").unlink()
+    (tmp_path / "folds" / "r0f0.checkpoint.npz").write_bytes(b"PK\x03\x04 not much of an archive")
+    result = run_module(*command[:-1])
+    assert result.returncode == 0, result.stderr
+    assert "r0f0.checkpoint.npz cannot be used" in result.stderr
+    assert numbers(tmp_path / "folds" / "r0f0.json") == numbers(finished / "folds" / "r0f0.json")
+
+
+def test_one_thread_gives_the_same_numbers_as_two(finished, tones, tmp_path):
+    result = run_module("npser.train", *SHORT, "--data", tones, "--out", tmp_path, "--only", "0.1", "--threads", "1")
+    assert result.returncode == 0, result.stderr
+    assert numbers(tmp_path / "folds" / "r0f1.json") == numbers(finished / "folds" / "r0f1.json")
+
+
+def test_global_random_state_changes_nothing(finished, tones, tmp_path):
+    code = (
+        "import random, sys, numpy; numpy.random.seed(int(sys.argv.pop(1))); random.seed(3);"
+        "from npser.train import main; main(sys.argv[1:])"
+    )
+    command = (*SHORT, "--data", str(tones), "--out", str(tmp_path), "--only", "0.0")
+    environment = {"PYTHONPATH": str(Path(train.__file__).parent.parent)}
+    subprocess.run([sys.executable, "-c", code, "77", *command], check=True, env=os.environ | environment, timeout=300)
+    assert numbers(tmp_path / "folds" / "r0f0.json") == numbers(finished / "folds" / "r0f0.json")
+
+
+def test_divergence_stops_with_a_message_and_writes_no_result(tones, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "SGD", lambda: SGD(lr=1e30))
+    with pytest.raises(RunFailed, match=r"fold 0\.0: the training diverged: the loss is (nan|inf)"):
+        train.main([*SHORT, "--data", str(tones), "--out", str(tmp_path)])
+    assert not list((tmp_path / "folds").glob("r*f*.json"))
+
+
+def test_fit_everything_and_load_the_model(tones, tmp_path):
+    path = tmp_path / "model.npz"
+    options = ("--arch", "lstm", "--cv", "none", "--epochs", "2", "--data", tones, "--out", tmp_path / "out")
+    result = run_module("npser.train", *options, "--save", path)
+    assert result.returncode == 0, result.stderr
+    model = load_model(path)
+    assert model.labels == ("sadness", "happy")
+    assert model.training["epochs"] == 2
+    assert model.scale.mean.shape == (128,)
+    assert np.allclose(model.predict_proba(np.zeros((3, 128, 128), np.float32)).sum(axis=1), 1)
+
+
+def test_leave_one_speaker_out_makes_a_fold_of_each_speaker(tmp_path):
+    for speaker, text, emotion in ((3, 1, "W"), (3, 2, "T"), (8, 1, "W"), (8, 2, "T"), (9, 1, "W"), (9, 2, "T")):
+        write_tone(tmp_path / "corpus" / f"{speaker:02d}a{text:02d}{emotion}a.wav", 200 if emotion == "T" else 700)
+    out = tmp_path / "out"
+    command = ("--arch", "lstm", "--cv", "speaker", "--epochs", "1", "--repeats", "1", "--data", tmp_path / "corpus")
+    result = run_module("npser.train", *command, "--out", out)
+    assert result.returncode == 0, result.stderr
+    for fold, speaker in enumerate(("03", "08", "09")):
+        tested = json.loads((out / "folds" / f"r0f{fold}.json").read_text())["utterances"]
+        assert {u["speaker"] for u in tested} == {speaker}
+
+
+def test_help_answers_without_importing_the_heavy_packages():
+    code = "import sys, npser.train as t; t.parser().format_help(); print({'numpy', 'numba'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
+
+
+# --- bad use -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (("--arch", "cnn", "--folds", "x"), "--folds"),
+        (("--arch", "cnn", "--folds", "1"), "--folds"),
+        (("--arch", "gru"), "--arch"),
+        (("--arch", "cnn", "--vote", "both"), "--vote"),
+        (("--arch", "cnn", "--only", "3"), "--only"),
+        (("--arch", "cnn", "--epochs", "-2"), "--epochs"),
+        (("--arch", "cnn", "--epochs", "0"), "--epochs"),
+        (("--arch", "cnn", "--batch-size", "0"), "--batch-size"),
+        (("--data", "demo"), "--arch"),
+    ],
+)
+def test_wrong_option_is_named_with_status_2(arguments, wanted, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(list(arguments))
+    assert stop.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("python -m npser.train: error:")
+    assert wanted in last
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (("--backend", "cuda"), "--backend cuda"),
+        (("--save", "m.npz"), "--cv none"),
+        (("--cv", "none", "--only", "0.0"), "--only"),
+        (("--threads", "4096"), "--threads 4096"),
+        (("--data", "/nowhere/at/all"), "/nowhere/at/all"),
+        (("--only", "0.7"), "--only 0.7"),
+        (("--only", "1.0"), "--only 1.0"),
+        (("--folds", "7"), "sadness has only 6"),
+        (("--cv", "speaker"), "--cv speaker"),
+        (("--cv", "none", "--save", "/nowhere/m.npz"), "/nowhere"),
+    ],
+)
+def test_bad_use_is_one_line_and_leaves_no_result(arguments, wanted, tones, tmp_path):
+    with pytest.raises(UserError) as error:
+        train.main([*SHORT, "--data", str(tones), "--out", str(tmp_path / "out"), *arguments])
+    assert wanted in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.rglob("*.csv"))
+
+
+def damaged(path: Path, kind: str) -> None:
+    """A wav that cannot be used."""
+    t = np.arange(20000) / 16000
+    wave = 0.3 * np.sin(2 * np.pi * 300 * t)
+    if kind == "silent":
+        wave[:] = 0
+    elif kind == "empty":
+        wave = wave[:0]
+    elif kind == "nan":
+        wave[500] = np.nan
+    soundfile.write(path, wave, 16000, subtype="FLOAT" if kind == "nan" else "PCM_16")
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:20000])
+    elif kind == "text":
+        path.write_text("this is no audio")
+
+
+@pytest.mark.parametrize("kind", ["silent", "empty", "nan", "truncated", "text"])
+def test_unusable_recording_is_named_with_status_2(kind, tmp_path):
+    for n in range(4):
+        write_tone(tmp_path / "corpus" / ("sadness", "happy")[n % 2] / f"{n}.wav", 200 + 300 * (n % 2))
+    damaged(tmp_path / "corpus" / "happy" / "bad.wav", kind)
+    result = run_module("npser.train", *SHORT, "--data", tmp_path / "corpus", "--out", tmp_path / "out")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert "bad.wav" in result.stderr
+
+
+def test_unwritable_output_folder_is_named(tones, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    result = run_module("npser.train", *SHORT, "--data", tones, "--out", tmp_path / "file" / "out")
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert str(tmp_path / "file") in result.stderr
+
+
+def test_other_file_names_in_emodb_are_skipped_named_and_counted(tmp_path):
+    for n, emotion in enumerate("WTWT"):
+        write_tone(tmp_path / "corpus" / f"03a0{n + 1}{emotion}a.wav", 200 + 400 * (emotion == "W"))
+    write_tone(tmp_path / "corpus" / "holiday.wav", 300)
+    command = ("--arch", "lstm", "--epochs", "1", "--folds", "2", "--repeats", "1", "--data", tmp_path / "corpus")
+    result = run_module("npser.train", *command, "--out", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert "holiday.wav: not an EMO-DB file name" in result.stderr
+    assert "skipped 1 file" in result.stderr
