@@ -219,8 +219,8 @@ class Model:
         """
         loss, p = self.k.cross_entropy_forward(self._logits(x, sgd.updates), y)
         if np.isfinite(loss):
-            self.layers.backward(self.k.cross_entropy_backward(p, y), sgd, need_dx=False)
-            sgd.updates += 1
+            dlogits = self.k.cross_entropy_backward(p, y)
+            sgd.update(self.k, self.params, lambda sink: self.layers.backward(dlogits, sink, need_dx=False))
         return loss, p
 
     def predict_proba(self, x: Array, batch_size: int = 32) -> Array:

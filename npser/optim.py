@@ -9,6 +9,7 @@ so the same backward pass serves a gradient check, which wants arrays, and train
 134 million weights is used up while it is still in registers. `k` is the rung of `kernels` that computes.
 """
 
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Protocol
 
@@ -44,11 +45,15 @@ class SGD:
         lr_n = lr / (1 + decay * n)         n = updates done so far
         v <- momentum * v - lr_n * dw       w <- w + v
 
-    Holds the velocities and n, so it serves one model; keep it between steps.
+    Holds the velocities and n, so it serves one model; keep it between steps. With clip_norm, gradients whose common
+    Euclidean norm exceeds it are first scaled down to it (Pascanu, Mikolov and Bengio 2013): recurrent networks need it
+    where the error explodes on its way back through time. Off by default, as in the paper.
     """
 
-    def __init__(self, lr: float = 0.01, momentum: float = 0.8, decay: float = 1e-6) -> None:
-        self.lr, self.momentum, self.decay = lr, momentum, decay
+    def __init__(
+        self, lr: float = 0.01, momentum: float = 0.8, decay: float = 1e-6, clip_norm: float | None = None
+    ) -> None:
+        self.lr, self.momentum, self.decay, self.clip_norm = lr, momentum, decay, clip_norm
         self.updates = 0
         self.velocities: dict[str, Array] = {}
 
@@ -61,6 +66,19 @@ class SGD:
         if name not in self.velocities:
             self.velocities[name] = np.zeros_like(w)
         return self.velocities[name]
+
+    def update(self, k: ModuleType, params: Mapping[str, Array], backward: Callable[[Sink], object]) -> None:
+        """One update; `backward` runs the backward pass into the sink that it is given."""
+        if self.clip_norm is None:
+            backward(self)
+        else:  # the norm is known when all gradients are: they are collected first
+            gradients = Gradients()
+            backward(gradients)
+            norm = np.sqrt(sum(float(np.vdot(dw, dw)) for dw in gradients.arrays.values()))
+            scale = min(1.0, self.clip_norm / norm) if norm > 0 else 1.0
+            for name, dw in gradients.arrays.items():
+                self.add(k, name, params[name], dw * dw.dtype.type(scale))
+        self.updates += 1
 
     def add(self, k: ModuleType, name: str, w: Array, dw: Array) -> None:
         k.sgd_update(w, self._velocity(name, w), dw, self.rate, self.momentum)

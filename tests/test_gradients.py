@@ -151,6 +151,7 @@ def test_dropout():
     x, key = rng_for(6).standard_normal((6, 7)), k.dropout_key(3, 1, 4)
     y = k.dropout(x, 0.4, key)
     assert 0 < np.count_nonzero(y) < y.size
+    np.testing.assert_allclose(y[y != 0], x[y != 0] / 0.6)
     check_operation({"x": x}, lambda: k.dropout(x, 0.4, key), lambda dy, y: {"x": k.dropout(dy, 0.4, key)})
 
 

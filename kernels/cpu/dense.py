@@ -9,7 +9,7 @@ written to memory and read again. `dense_update_weights` applies the gradient wh
 import numba as nb
 import numpy as np
 
-from kernels.cpu.matmul import matmul, matmul_update
+from kernels.cpu.matmul import matmul, matmul_transposed, matmul_update
 from kernels.cpu.tools import Array, as_float32, compiled
 
 
@@ -35,7 +35,7 @@ def dense_forward(x: Array, w: Array, b: Array) -> Array:
 def dense_backward_input(dy: Array, w: Array) -> Array:
     """See `kernels.reference.dense_backward_input`."""
     dy, w = as_float32(dy=dy, w=w)
-    return matmul(dy, w.T)
+    return matmul_transposed(dy, w)
 
 
 def dense_backward_weights(x: Array, dy: Array) -> Array:

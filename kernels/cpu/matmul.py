@@ -9,6 +9,9 @@ in the order of their use, zero-padded to whole tiles, so that no loop over odd 
 BLOCK x BLOCK of both sit in the second-level cache. Every task owns a block of the result and sums over k in one fixed
 order: the result does not depend on the number of threads.
 
+A product with a transposed matrix, as in dx = dy w^T, needs no packing: rows of both lie in the order of the sum, so a
+tile of DOTS x DOTS dot products runs along them.
+
 Floor: 2*M*K*N operations; packing moves each number of A once, and each of B once per BLOCK rows of A.
 """
 
@@ -24,6 +27,9 @@ ROWS = 8 if REGISTERS == 32 else 6
 VECS = 2
 COLUMNS = VECS * LANES
 BLOCK = 256  # rows, columns and depth of a cache block; COLUMNS divides it
+DOTS = 4 if REGISTERS == 32 else 3  # rows of either side in a tile of dot products: DOTS * DOTS accumulators
+DOT_DEPTH = 1024  # numbers of a row in a cache block: LANES divides it
+DOT_TASK = 4 * DOTS  # rows of the transposed side in one task
 UPDATE_ROWS = 8 * ROWS  # rows of weights that share one pass over the panels of dy
 
 
@@ -64,6 +70,36 @@ def update_product(
             k.store(w + at, k.load(w + at) + step)
 
 
+@kernel
+def dot_products(k: Emitter, a: Ptr, a_row: Int, b: Ptr, b_row: Int, vectors: Int, c: Ptr, c_row: Int) -> None:
+    """c[r, s] += the dot product of row r of a and row s of b, DOTS rows of each, over `vectors` vectors."""
+    acc = [[k.var(0.0) for _ in range(DOTS)] for _ in range(DOTS)]
+    for i in k.range(vectors):
+        bs = [k.load(b + b_row * s + i * LANES) for s in range(DOTS)]
+        for r in range(DOTS):
+            x = k.load(a + a_row * r + i * LANES)
+            for s in range(DOTS):
+                acc[r][s] += x * bs[s]
+    for r in range(DOTS):
+        for s in range(DOTS):
+            k.add_sum(c + c_row * r + s, acc[r][s].get())
+
+
+@compiled(parallel=True)
+def _multiply_transposed(a: Array, b: Array, c: Array) -> None:
+    """c (M, N) += a b^T; a (M, K), b (N, K), M and N whole numbers of DOTS, K of LANES."""
+    (M, K), N = a.shape, b.shape[0]
+    for task in nb.prange(-(-N // DOT_TASK)):
+        for k0 in range(0, K, DOT_DEPTH):
+            vectors = min(DOT_DEPTH, K - k0) // LANES
+            for n in range(task * DOT_TASK, min(task * DOT_TASK + DOT_TASK, N), DOTS):
+                for m in range(0, M, DOTS):
+                    dot_products(
+                        a.ctypes.data + 4 * (m * K + k0), K, b.ctypes.data + 4 * (n * K + k0), K, vectors,
+                        c.ctypes.data + 4 * (m * N + n), N,
+                    )  # fmt: skip
+
+
 @compiled(parallel=True)
 def _pack_rows(a: Array, stride_m: int, stride_k: int, M: int, packed: Array) -> None:
     """packed (M/ROWS, K, ROWS) from the flat a, whose element (m, k) stands at m*stride_m + k*stride_k."""
@@ -76,30 +112,23 @@ def _pack_rows(a: Array, stride_m: int, stride_k: int, M: int, packed: Array) ->
 
 
 @compiled
-def _pack_columns(b: Array, stride_k: int, stride_n: int, k0: int, n0: int, K: int, N: int, packed: Array) -> None:
+def _pack_columns(b: Array, k0: int, n0: int, K: int, N: int, packed: Array) -> None:
     """packed[panel, i, x] = b[k0 + i, n0 + panel*COLUMNS + x] for i < K, columns below N; zeros behind them."""
     width = N - n0
-    for panel in range(min(packed.shape[0], (width + COLUMNS - 1) // COLUMNS)):
-        first, filled = n0 + panel * COLUMNS, min(COLUMNS, width - panel * COLUMNS)
-        if stride_n == 1:
-            for i in range(K):
-                at = (k0 + i) * stride_k + first
-                for x in range(filled):
-                    packed[panel, i, x] = b[at + x]
-        else:
+    for i in range(K):  # row by row, as b lies in memory
+        for panel in range(min(packed.shape[0], (width + COLUMNS - 1) // COLUMNS)):
+            first, filled = n0 + panel * COLUMNS, min(COLUMNS, width - panel * COLUMNS)
             for x in range(filled):
-                at = k0 * stride_k + (first + x) * stride_n
-                for i in range(K):
-                    packed[panel, i, x] = b[at + i * stride_k]
-        for i in range(K):
+                packed[panel, i, x] = b[k0 + i, first + x]
             for x in range(filled, COLUMNS):
                 packed[panel, i, x] = 0
 
 
 @compiled(parallel=True)
-def _multiply(a: Array, b: Array, stride_k: int, stride_n: int, N: int, panels: Array, c: Array) -> None:
-    """c (M and N rounded up to whole tiles) += a b; a packed by `_pack_rows`, b flat; panels: scratch per thread."""
+def _multiply(a: Array, b: Array, panels: Array, c: Array) -> None:
+    """c (M and N rounded up to whole tiles) += a b; a packed by `_pack_rows`; panels: scratch per thread."""
     tiles, K = a.shape[:2]
+    N = b.shape[1]
     tiles_per_block = BLOCK // ROWS
     row_blocks, column_blocks = -(-tiles // tiles_per_block), -(-N // BLOCK)
     width = c.shape[1]
@@ -108,7 +137,7 @@ def _multiply(a: Array, b: Array, stride_k: int, stride_n: int, N: int, panels: 
         mine = panels[thread_id()]
         for k0 in range(0, K, BLOCK):
             depth = min(BLOCK, K - k0)
-            _pack_columns(b, stride_k, stride_n, k0, n0, depth, N, mine)
+            _pack_columns(b, k0, n0, depth, N, mine)
             for tile in range(first_tile, min(first_tile + tiles_per_block, tiles)):
                 for n in range(n0, min(n0 + BLOCK, width), COLUMNS):
                     add_product(
@@ -120,30 +149,40 @@ def _multiply(a: Array, b: Array, stride_k: int, stride_n: int, N: int, panels: 
                     )
 
 
-def _flat(x: Array) -> tuple[Array, int, int]:
-    """(memory in its order, stride of rows, stride of columns) of a matrix that is contiguous or the .T of such."""
-    if x.flags.c_contiguous:
-        return x.reshape(-1), x.shape[1], 1
-    if x.T.flags.c_contiguous:
-        return x.T.reshape(-1), 1, x.shape[0]
-    return _flat(np.ascontiguousarray(x))
-
-
 def _packed_rows(a: Array) -> Array:
+    """a (M, K), contiguous or the transpose of something contiguous, as panels (M/ROWS, K, ROWS)."""
     M, K = a.shape
     packed = np.empty((-(-M // ROWS), K, ROWS), np.float32)
-    _pack_rows(*_flat(a), M, packed)
+    if a.T.flags.c_contiguous:
+        _pack_rows(a.T.reshape(-1), 1, M, M, packed)
+    else:
+        _pack_rows(np.ascontiguousarray(a).reshape(-1), K, 1, M, packed)
     return packed
 
 
 def matmul(a: Array, b: Array, bias: Array | None = None) -> Array:
-    """a b (+ bias), float32: a (M, K), b (K, N), either may be a transposed view -> (M, N)."""
+    """a b (+ bias), float32: a (M, K), contiguous or a transposed view, b (K, N) contiguous -> (M, N)."""
     M, N = len(a), b.shape[1]
     c = np.zeros((round_up(M, ROWS), round_up(N, COLUMNS)), np.float32)
     if bias is not None:
         c[:, :N] = bias
     panels = np.empty((nb.get_num_threads(), BLOCK // COLUMNS, BLOCK, COLUMNS), np.float32)
-    _multiply(_packed_rows(a), *_flat(b), N, panels, c)
+    _multiply(_packed_rows(a), b, panels, c)
+    return np.ascontiguousarray(c[:M, :N])
+
+
+def _padded(x: Array, rows: int, columns: int) -> Array:
+    """x with zeros behind it up to whole numbers of rows and columns; x itself where nothing is missing."""
+    missing = -x.shape[0] % rows, -x.shape[1] % columns
+    return np.pad(x, ((0, missing[0]), (0, missing[1]))) if any(missing) else x
+
+
+def matmul_transposed(a: Array, b: Array) -> Array:
+    """a b^T, float32, both contiguous: a (M, K), b (N, K) -> (M, N)."""
+    M, N = len(a), len(b)
+    a, b = _padded(a, DOTS, LANES), _padded(b, DOTS, LANES)
+    c = np.zeros((len(a), len(b)), np.float32)
+    _multiply_transposed(a, b, c)
     return np.ascontiguousarray(c[:M, :N])
 
 
@@ -179,18 +218,17 @@ def _update(a: Array, b: Array, w: Array, velocity: Array, edges: Array, factors
 
 
 @compiled(parallel=True)
-def _pack_all_columns(b: Array, stride_k: int, stride_n: int, K: int, N: int, packed: Array) -> None:
-    """packed (N/COLUMNS, K, COLUMNS) of the whole of b."""
+def _pack_all_columns(b: Array, packed: Array) -> None:
+    """packed (N/COLUMNS, K, COLUMNS) of the whole of b (K, N)."""
     for panel in nb.prange(packed.shape[0]):
-        _pack_columns(
-            b, stride_k, stride_n, 0, panel * COLUMNS, K, min(N, (panel + 1) * COLUMNS), packed[panel : panel + 1]
-        )
+        n0 = panel * COLUMNS
+        _pack_columns(b, 0, n0, b.shape[0], min(b.shape[1], n0 + COLUMNS), packed[panel : panel + 1])
 
 
 def matmul_update(a: Array, b: Array, w: Array, velocity: Array, lr: float, momentum: float) -> None:
     """w (M, N) takes an SGD step along the gradient a b, which is never stored; velocity (M, N); both C-contiguous."""
     K, N = b.shape
     packed = np.empty((-(-N // COLUMNS), K, COLUMNS), np.float32)
-    _pack_all_columns(*_flat(b), K, N, packed)
+    _pack_all_columns(b, packed)
     edges = np.empty((nb.get_num_threads(), ROWS, COLUMNS), np.float32)
     _update(_packed_rows(a), packed, w, velocity, edges, np.array([lr, momentum], np.float32))

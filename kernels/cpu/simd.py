@@ -39,6 +39,7 @@ from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 _alloca: Any = cgutils.alloca_once  # at the head of the function, where LLVM turns it into a register
+_function: Any = cgutils.get_or_insert_function
 
 F32, I8, I32, I64 = ir.FloatType(), ir.IntType(8), ir.IntType(32), ir.IntType(64)
 
@@ -250,6 +251,13 @@ class Emitter:
         undefined = ir.Constant(VEC, ir.Undefined)
         one = self.b.insert_element(undefined, self.b.load(p.at(F32), align=4), ir.Constant(I32, 0))
         return Vec(self, self.b.shuffle_vector(one, undefined, ir.Constant(IVEC, [0] * LANES)))
+
+    def add_sum(self, p: Ptr, value: Vec) -> None:
+        """Add the sum of all lanes to the float at p."""
+        reduce = _function(self.b.module, ir.FunctionType(F32, [F32, VEC]), f"llvm.vector.reduce.fadd.v{LANES}f32")
+        before = self.b.load(p.at(F32), align=4)
+        total = self.b.call(reduce, [before, value.ir], fastmath=("reassoc",))
+        self.b.store(total, p.at(F32), align=4)
 
     def where(self, mask: Mask, yes: Any, no: Any) -> Any:
         """Lane by lane `yes` or `no` (both Vec, numbers beside a Vec, or both IVec)."""
