@@ -12,7 +12,7 @@ from pathlib import Path
 
 TABLE = Path(__file__).parent / "results" / "development.csv"
 COLUMNS = (
-    "arch", "corpus", "fold", "epochs", "segment_hop", "batch_size", "seed", "note",
+    "arch", "corpus", "fold", "epochs", "segment_hop", "batch_size", "clip_norm", "seed", "note",
     "epoch", "training_loss", "training_accuracy", "development_uar_sum", "development_uar_majority", "seconds",
 )  # fmt: skip
 
@@ -26,6 +26,7 @@ def main() -> int:
     p.add_argument("--epochs", type=int, required=True)
     p.add_argument("--segment-hop", type=int, required=True)
     p.add_argument("--batch-size", type=int, default=32)
+    p.add_argument("--clip-norm", type=float, help="longest gradient (default: no limit)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--note", default="", help="what is special about this trial, for the table")
     options = p.parse_args()
@@ -65,7 +66,7 @@ def main() -> int:
         return unweighted_average_recall(confusion_matrix(targets[development], predicted, classes))
 
     new = not TABLE.exists()
-    for result in train_epochs(model, SGD(), task, progress):
+    for result in train_epochs(model, SGD(clip_norm=options.clip_norm), task, progress):
         votes = evaluate(model, held_out)
         by_sum, by_majority = uar(votes.probabilities.argmax(axis=1)), uar(votes.majority)
         print(
@@ -74,7 +75,7 @@ def main() -> int:
         )
         row = (
             options.arch, corpus.name, f"0.{options.fold}", options.epochs, options.segment_hop, options.batch_size,
-            options.seed, options.note, result.epoch, f"{result.loss:.4f}", f"{result.accuracy:.4f}",
+            options.clip_norm or "", options.seed, options.note, result.epoch, f"{result.loss:.4f}", f"{result.accuracy:.4f}",
             f"{by_sum:.4f}", f"{by_majority:.4f}", f"{result.seconds:.1f}",
         )  # fmt: skip
         with TABLE.open("a", newline="") as file:

@@ -35,6 +35,7 @@ class Settings:
     batch_size: int
     segment_hop: int  # frames from one window of an utterance to the next
     vote: str
+    clip_norm: float | None
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def train_on(
     model = build_model(settings.arch, backend=settings.backend, seed=model_seed, classes=classes)
     model.scale = scale = Standardisation.of([frames[i] for i in train])
     windows = WindowSet([frames[i] for i in train], scale, model.input_frames, settings.segment_hop)
-    task = Task(windows, targets[train][windows.owner], words, settings.epochs, settings.batch_size)
+    task = Task(windows, targets[train][windows.owner], words, settings.epochs, settings.batch_size, settings.clip_norm)
     return model, fit(model, task, progress, checkpoint)
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # Chosen on development data out of the training folds, never on a test fold: see "Our choices" in the README.
 EPOCHS = {"cnn": 5, "lstm": 20, "tdcnn": 5}
 SEGMENT_HOP = {"cnn": 8, "lstm": 8, "tdcnn": 32}
+CLIP_NORM = {"cnn": None, "lstm": 1.0, "tdcnn": None}
 # The built-in corpus is there to be run at once: a short protocol with the same networks.
 DEMO_EPOCHS = {"cnn": 6, "lstm": 30, "tdcnn": 8}
 DEMO_SEGMENT_HOP = {"cnn": 16, "lstm": 16, "tdcnn": 32}
@@ -181,7 +182,8 @@ def _config(options: argparse.Namespace, corpus: "Corpus", threads: int, demo: b
     from npser import features
     from npser.optim import SGD
 
-    arch, sgd = options.arch, SGD()
+    arch = options.arch
+    sgd = SGD(clip_norm=CLIP_NORM[arch])
     folds = len(corpus.speakers) if options.cv == "speaker" else options.folds or (DEMO_FOLDS if demo else 10)
     if options.cv == "speaker" and options.folds not in (None, folds):
         raise UserError(f"--folds {options.folds}: --cv speaker makes one fold for each of the {folds} speakers")
@@ -200,7 +202,7 @@ def _config(options: argparse.Namespace, corpus: "Corpus", threads: int, demo: b
         "segment_hop": options.segment_hop or (DEMO_SEGMENT_HOP if demo else SEGMENT_HOP)[arch],
         "vote": options.vote,
         "seed": options.seed,
-        "optimiser": {"lr": sgd.lr, "momentum": sgd.momentum, "decay": sgd.decay},
+        "optimiser": {"lr": sgd.lr, "momentum": sgd.momentum, "decay": sgd.decay, "clip_norm": sgd.clip_norm},
         "features": {"frame": features.FRAME, "hop": features.HOP, "bins": features.BINS, "floor": features.FLOOR},
         "backend": options.backend,
         "threads": threads,
@@ -212,7 +214,7 @@ def _settings(config: dict[str, Any]) -> "Settings":
     from npser.crossval import Settings
 
     names = ("arch", "backend", "seed", "epochs", "batch_size", "segment_hop", "vote")
-    return Settings(**{name: config[name] for name in names})
+    return Settings(**{name: config[name] for name in names}, clip_norm=config["optimiser"]["clip_norm"])
 
 
 def _introduce(config: dict[str, Any], corpus: "Corpus", seconds: float, parameters: int, plan: str) -> None:

@@ -35,6 +35,7 @@ class Task:
     seed: Sequence[int]
     epochs: int
     batch_size: int
+    clip_norm: float | None = None  # see npser.optim.SGD
 
     def oversampled(self) -> NDArray[np.intp]:
         """The numbers of the windows of an epoch: all, and repeats until every class is as large as the largest."""
@@ -52,7 +53,7 @@ def fit(model: Model, task: Task, progress: Progress, checkpoint: "Checkpoint | 
 
     Raises RunFailed when the loss is no longer finite.
     """
-    sgd = SGD()
+    sgd = SGD(clip_norm=task.clip_norm)
     done = checkpoint.load(model, sgd) if checkpoint else []
     progress.skip(len(done) * steps_per_epoch(task.targets, task.batch_size))
     for result in train_epochs(model, sgd, task, progress, first=len(done)):

@@ -162,7 +162,7 @@ def test_global_random_state_changes_nothing(finished, tones, tmp_path):
 
 
 def test_divergence_stops_with_a_message_and_writes_no_result(tones, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "SGD", lambda: SGD(lr=1e30))
+    monkeypatch.setattr(trainer, "SGD", lambda clip_norm: SGD(lr=1e30))
     with pytest.raises(RunFailed, match=r"fold 0\.0: the training diverged: the loss is (nan|inf)"):
         train.main([*SHORT, "--data", str(tones), "--out", str(tmp_path)])
     assert not list((tmp_path / "folds").glob("r*f*.json"))

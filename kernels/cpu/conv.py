@@ -96,30 +96,34 @@ conv_wide, conv_one = _plain_tile(CELLS), _plain_tile(1)
 
 
 @compiled
-def fill_strip(x: Array, n: int, p: int, strip: Array) -> None:
-    """Copy rows 2p-1 .. 2p+2 of image n to strip (4, F+2 or F+3, channels), zeros outside the image.
+def fill_strip(x: Array, C: int, n: int, p: int, strip: Array) -> None:
+    """Copy rows 2p-1 .. 2p+2 of image n of x (B, T, F*C) to strip (4, row), one pixel to the right; zeros outside.
 
     Loops, not slices: assigning a slice takes Numba seconds to compile.
     """
-    T, F, C = x.shape[1:]
+    T, width = x.shape[1:]
     for r in range(4):
         t = 2 * p - 1 + r
-        for f in range(strip.shape[1]):
-            inside = 0 <= t < T and 1 <= f <= F
-            for c in range(strip.shape[2]):
-                strip[r, f, c] = x[n, t, f - 1, c] if inside and c < C else np.float32(0)
+        inside = width if 0 <= t < T else 0
+        for i in range(C):
+            strip[r, i] = 0
+        for i in range(inside):
+            strip[r, C + i] = x[n, t, i]
+        for i in range(C + inside, strip.shape[1]):
+            strip[r, i] = 0
 
 
 @compiled(parallel=True)
-def _conv_relu_pool(x: Array, w: Array, bias: Array, strips: Array, y: Array, argmax: NDArray[np.uint8]) -> None:
-    """x (B, T, F, C), w (O/OUT_GROUP, C, 9, OUT_GROUP) -> y, argmax (B, P, Q, O); strips (threads, 4, F+2, C)."""
-    C = x.shape[3]
+def _conv_relu_pool(
+    x: Array, C: int, w: Array, bias: Array, strips: Array, y: Array, argmax: NDArray[np.uint8]
+) -> None:
+    """x (B, T, F*C), w (O/OUT_GROUP, C, 9, OUT_GROUP) -> y, argmax (B, P, Q, O); strips (threads, 4, (F+2)*C)."""
     P, Q, O = y.shape[1:]
-    row = strips.shape[2] * C
+    row = strips.shape[2]
     for np_ in nb.prange(y.shape[0] * P):
         n, p = np_ // P, np_ % P
         strip = strips[thread_id()]
-        fill_strip(x, n, p, strip)
+        fill_strip(x, C, n, p, strip)
         for o in range(0, O, OUT_GROUP):
             ws, bs = w.ctypes.data + 4 * o * C * 9, bias.ctypes.data + 4 * o
             first = np_ * Q * O + o
@@ -135,15 +139,14 @@ def _conv_relu_pool(x: Array, w: Array, bias: Array, strips: Array, y: Array, ar
 
 
 @compiled(parallel=True)
-def _conv3x3(x: Array, w: Array, bias: Array, strips: Array, y: Array) -> None:
-    """x (B, T, F, C), w as in `_conv_relu_pool` -> y (B, 2P, 2Q, O), T and F rounded up to even."""
-    C = x.shape[3]
+def _conv3x3(x: Array, C: int, w: Array, bias: Array, strips: Array, y: Array) -> None:
+    """x (B, T, F*C), w as in `_conv_relu_pool` -> y (B, 2P, 2Q, O), T and F rounded up to even."""
     P, Q, O = y.shape[1] // 2, y.shape[2] // 2, y.shape[3]
-    row = strips.shape[2] * C
+    row = strips.shape[2]
     for np_ in nb.prange(y.shape[0] * P):
         n, p = np_ // P, np_ % P
         strip = strips[thread_id()]
-        fill_strip(x, n, p, strip)
+        fill_strip(x, C, n, p, strip)
         for o in range(0, O, OUT_GROUP):
             ws, bs = w.ctypes.data + 4 * o * C * 9, bias.ctypes.data + 4 * o
             first = y.ctypes.data + 4 * (np_ * 2 * (2 * Q) * O + o)
@@ -169,8 +172,14 @@ def _pack(w: Array, b: Array) -> tuple[Array, Array]:
     return np.ascontiguousarray(padded.reshape(9, C, groups, OUT_GROUP).transpose(2, 1, 0, 3)), bias
 
 
-def _strips(F: int, C: int) -> Array:
-    return np.empty((nb.get_num_threads(), 4, F + 2 + F % 2, C), np.float32)
+def _rows(x: Array) -> Array:
+    """(B, T, F, C) -> (B, T, F*C)."""
+    B, T, F, C = x.shape
+    return x.reshape(B, T, F * C)
+
+
+def _strips(count: int, F: int, C: int) -> Array:
+    return np.empty((count, 4, (F + 2 + F % 2) * C), np.float32)
 
 
 def conv3x3_forward(x: Array, w: Array, b: Array) -> Array:
@@ -180,7 +189,7 @@ def conv3x3_forward(x: Array, w: Array, b: Array) -> Array:
     O = w.shape[3]
     packed, bias = _pack(w, b)
     y = np.empty((B, round_up(T, 2), round_up(F, 2), len(bias)), np.float32)
-    _conv3x3(x, packed, bias, _strips(F, C), y)
+    _conv3x3(_rows(x), C, packed, bias, _strips(nb.get_num_threads(), F, C), y)
     return np.ascontiguousarray(y[:, :T, :F, :O])
 
 
@@ -192,7 +201,7 @@ def conv_relu_pool_forward(x: Array, w: Array, b: Array) -> tuple[Array, NDArray
     packed, bias = _pack(w, b)
     y = np.empty((B, T // 2, F // 2, len(bias)), np.float32)
     argmax = np.empty(y.shape, np.uint8)
-    _conv_relu_pool(x, packed, bias, _strips(F, C), y, argmax)
+    _conv_relu_pool(_rows(x), C, packed, bias, _strips(nb.get_num_threads(), F, C), y, argmax)
     return np.ascontiguousarray(y[..., :O]), np.ascontiguousarray(argmax[..., :O])
 
 
@@ -276,19 +285,17 @@ def dx_live(k: Emitter, dx: Ptr, row: Int, channels: Int, dy: Ptr, argmax: Bytes
 
 @compiled(parallel=True)
 def _dw_few_channels(
-    x: Array, dy: Array, argmax: NDArray[np.uint8], pooled: bool, strips: Array, dw: Array, db: Array
+    x: Array, C: int, dy: Array, argmax: NDArray[np.uint8], pooled: bool, strips: Array, dw: Array, db: Array
 ) -> None:
     """dw (PARTS, O/DW_GROUP, C, 9, DW_GROUP) and db (PARTS, O), from dy (B, P, Q, O), or (B, 2P, 2Q, O) unpooled."""
-    B = x.shape[0]
-    C = x.shape[3]
-    O = dy.shape[3]
+    B, O = dy.shape[0], dy.shape[3]
     P, Q = (dy.shape[1], dy.shape[2]) if pooled else (dy.shape[1] // 2, dy.shape[2] // 2)
-    row = strips.shape[2] * C
+    row = strips.shape[2]
     for part in nb.prange(dw.shape[0]):
         strip = strips[part]
         for n in range(part, B, dw.shape[0]):
             for p in range(P):
-                fill_strip(x, n, p, strip)
+                fill_strip(x, C, n, p, strip)
                 for g in range(O // DW_GROUP):
                     for c in range(C):
                         at = strip.ctypes.data + 4 * c
@@ -313,23 +320,24 @@ def _add_live(dy: Array, argmax: NDArray[np.uint8], db: Array) -> None:
 
 
 @compiled(parallel=True)
-def _dw_many_channels(x: Array, dy: Array, argmax: NDArray[np.uint8], strips: Array, dw: Array, db: Array) -> None:
-    """dw (PARTS, O, 9, channels) and db (PARTS, O); the channels of strips and dw are whole IN_GROUPs."""
+def _dw_many_channels(
+    x: Array, C: int, dy: Array, argmax: NDArray[np.uint8], strips: Array, dw: Array, db: Array
+) -> None:
+    """dw (PARTS, O, 9, C) and db (PARTS, O); C is a whole number of IN_GROUPs."""
     B, P, Q, O = dy.shape
-    channels = strips.shape[3]
-    row = strips.shape[2] * channels
+    row = strips.shape[2]
     for part in nb.prange(dw.shape[0]):
         strip = strips[part]
         for n in range(part, B, dw.shape[0]):
             for p in range(P):
-                fill_strip(x, n, p, strip)
+                fill_strip(x, C, n, p, strip)
                 for o in range(O):
                     d = (n * P + p) * Q * O + o
-                    for c in range(0, channels, IN_GROUP):
+                    for c in range(0, C, IN_GROUP):
                         dw_live(
-                            strip.ctypes.data + 4 * c, row, channels,
+                            strip.ctypes.data + 4 * c, row, C,
                             dy.ctypes.data + 4 * d, argmax.ctypes.data + d, O, Q,
-                            dw.ctypes.data + 4 * ((part * O + o) * 9 * channels + c),
+                            dw.ctypes.data + 4 * ((part * O + o) * 9 * C + c),
                         )  # fmt: skip
                 _add_live(dy[n, p], argmax[n, p], db[part])
 
@@ -375,8 +383,7 @@ def _dw_by_outputs(x: Array, dy: Array, argmax: NDArray[np.uint8], pooled: bool,
     parts, groups = min(B, PARTS), dy.shape[3] // DW_GROUP
     dw = np.zeros((parts, groups, C, 9, DW_GROUP), np.float32)
     db = np.zeros((parts, dy.shape[3]), np.float32)
-    strips = np.empty((parts, 4, F + 2 + F % 2, C), np.float32)
-    _dw_few_channels(x, dy, argmax, pooled, strips, dw, db)
+    _dw_few_channels(_rows(x), C, dy, argmax, pooled, _strips(parts, F, C), dw, db)
     by_tap = dw.sum(axis=0).transpose(2, 1, 0, 3).reshape(3, 3, C, -1)
     return np.ascontiguousarray(by_tap[..., :O]), db.sum(axis=0)[:O]
 
@@ -406,8 +413,8 @@ def conv_relu_pool_backward(
     else:
         parts = min(B, PARTS)
         dw_parts, db_parts = np.zeros((parts, O, 9, channels), np.float32), np.zeros((parts, O), np.float32)
-        strips = np.zeros((parts, 4, F + 2 + F % 2, channels), np.float32)
-        _dw_many_channels(x, dy, argmax, strips, dw_parts, db_parts)
+        padded = _pad_last(x, IN_GROUP)
+        _dw_many_channels(_rows(padded), channels, dy, argmax, _strips(parts, F, channels), dw_parts, db_parts)
         dw = np.ascontiguousarray(dw_parts.sum(axis=0)[..., :C].reshape(O, 3, 3, C).transpose(1, 2, 3, 0))
         db = db_parts.sum(axis=0)
     if not need_dx:
