@@ -5,6 +5,7 @@ The cache lies in the user's cache folder, under a name that hashes whatever the
 corpus: the synthesiser itself). Nothing has to be deleted by hand when one of them changes.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -82,4 +83,5 @@ def _keep(cache: Path, frames: list[NDArray[np.float32]]) -> None:
             np.savez(file, frames=np.concatenate(frames), ends=np.cumsum([len(f) for f in frames]))
         os.replace(temporary, cache)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()

@@ -79,7 +79,7 @@ def test_output_says_what_is_run_and_how_it_went(finished):
     assert "\r" not in log
     assert "\x1b" not in log
     epochs = re.findall(
-        r"fold 0\.[01]  epoch [123]/3  loss \d+\.\d+  training accuracy +\d+\.\d %  +\d+ windows/s  left: fold .*, run ",
+        r"fold 0\.[01]  epoch [123]/3  loss \d+\.\d+  training accuracy .* %  +\d+ windows/s  left: fold .*, run ",
         log,
     )
     assert len(epochs) == 6

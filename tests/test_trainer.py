@@ -1,0 +1,135 @@
+"""Votes, oversampling, clipping and progress: what stands around the networks."""
+
+import io
+
+import numpy as np
+import pytest
+
+from npser.crossval import make_folds
+from npser.features import Standardisation, WindowSet
+from npser.models import build_model
+from npser.optim import SGD, Gradients
+from npser.progress import Progress, duration
+from npser.runfolder import EpochResult
+from npser.synthetic import demo_corpus
+from npser.trainer import Task, evaluate, steps_per_epoch
+
+FLAT = Standardisation(np.zeros(128, np.float32), np.ones(128, np.float32))
+
+
+class Oracle:
+    """A network that says what stands in a window's first two numbers."""
+
+    def predict_proba(self, x):
+        p = np.stack([x[:, 0, 0], x[:, 0, 1], 1 - x[:, 0, 0] - x[:, 0, 1]], axis=1)
+        return p.astype(np.float32)
+
+
+def utterance(*probabilities):
+    """An utterance whose windows (one every 8 frames) say these probabilities of classes 0 and 1."""
+    frames = np.zeros((128 + 8 * (len(probabilities) - 1), 128), np.float32)
+    for n, pair in enumerate(probabilities):
+        frames[8 * n, :2] = pair
+    return frames
+
+
+def test_sum_and_majority_decide_as_worked_out_by_hand():
+    # First: two windows of three lean to class 1, one is sure of class 0. Second: a draw, decided by the sum.
+    windows = WindowSet(
+        [utterance((0.9, 0.05), (0.4, 0.5), (0.4, 0.5)), utterance((0.6, 0.1), (0.0, 0.9))], FLAT, 128, 8
+    )
+    votes = evaluate(Oracle(), windows)
+    np.testing.assert_allclose(votes.probabilities[0], [1.7 / 3, 1.05 / 3, 0.25 / 3], rtol=1e-6)
+    np.testing.assert_allclose(votes.probabilities[1], [0.3, 0.5, 0.2], rtol=1e-6)
+    assert votes.probabilities.argmax(axis=1).tolist() == [0, 1]
+    assert votes.majority.tolist() == [1, 1]
+
+
+def test_epoch_holds_every_window_and_as_many_of_each_class():
+    windows = WindowSet([utterance(*[(0, 0)] * n) for n in (5, 2, 1)], FLAT, 128, 8)
+    targets = np.array([0, 1, 2])[windows.owner]
+    task = Task(windows, targets, (0, 0, 0), 1, 4)
+    chosen = task.oversampled()
+    assert np.bincount(targets[chosen]).tolist() == [5, 5, 5]
+    assert set(chosen.tolist()) == set(range(8))
+    assert steps_per_epoch(targets, 4) == 4  # 15 windows in batches of 4
+
+
+def test_no_test_utterance_is_in_training():
+    corpus = demo_corpus()
+    for fold in make_folds(corpus, "stratified", 3, 2, 0) + make_folds(corpus, "speaker", 10, 1, 0):
+        assert not set(fold.train) & set(fold.test)
+        assert len(fold.train) + len(fold.test) == 210
+    by_speaker = make_folds(corpus, "speaker", 10, 1, 0)
+    for fold in by_speaker:
+        speakers = [{corpus.utterances[i].speaker for i in part} for part in (fold.train, fold.test)]
+        assert len(speakers[1]) == 1
+        assert not speakers[0] & speakers[1]
+
+
+@pytest.mark.parametrize("clip", [0.01, 1e9])
+def test_clipping_scales_all_gradients_by_one_factor(clip):
+    rng = np.random.default_rng(0)
+    model = build_model("lstm", backend="reference", hidden=4, bins=8, classes=3, dtype="float64")
+    x, y = rng.normal(size=(5, 8, 8)), np.array([0, 1, 2, 0, 1])
+    _, grads = model.loss_and_grads(x, y)
+    norm = np.sqrt(sum((g**2).sum() for g in grads.values()))
+    assert 0.01 < norm < 1e9
+    before = {name: value.copy() for name, value in model.params.items()}
+    model.train_step(x, y, SGD(lr=0.1, momentum=0, decay=0, clip_norm=clip))
+    for name, value in model.params.items():
+        np.testing.assert_allclose(
+            value, before[name] - 0.1 * grads[name] * min(1, clip / norm), rtol=1e-10, atol=1e-14
+        )
+
+
+def test_gradients_sink_changes_nothing():
+    model = build_model("lstm", backend="reference", hidden=4, bins=8, classes=3, dtype="float64")
+    before = {name: value.copy() for name, value in model.params.items()}
+    _, grads = model.loss_and_grads(np.ones((2, 8, 8)), np.array([0, 1]))
+    assert set(grads) == set(before)
+    assert all(np.array_equal(before[name], value) for name, value in model.params.items())
+    assert Gradients().arrays == {}
+
+
+# --- progress ----------------------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_time_left_counts_what_is_left_and_not_what_was_done_before():
+    out = io.StringIO()
+    progress = Progress(total=100, stream=out)
+    progress.begin_fold("fold 0.0", 50)
+    progress.skip(40)  # an earlier start did these
+    for _ in range(6):
+        progress.step(seconds=2.0, windows=32, loss=1.0, accuracy=0.5, epoch=1, epochs=2)
+    assert "about 1 min 52 s for all of it (2000 ms an update, measured on 3 of them)" in out.getvalue()
+    progress.epoch_done(EpochResult(1, 0.5, 0.75, 10.0), 2, 320)
+    # 54 updates are left, 4 of them in this fold; the fold's first update was not timed, but took its place
+    wanted = (
+        "fold 0.0  epoch 1/2  loss 0.5000  training accuracy  75.0 %     32 windows/s  left: fold 8.0 s, run 1 min 48 s"
+    )
+    assert wanted in out.getvalue()
+
+
+def test_live_line_on_a_terminal_is_rewritten_and_plain_elsewhere():
+    for stream, live in ((Terminal(), True), (io.StringIO(), False)):
+        clock = iter(np.arange(0, 100, 0.5))
+        progress = Progress(total=10, stream=stream, clock=lambda clock=clock: float(next(clock)))
+        progress.begin_fold("fold 0.0", 10)
+        for _ in range(3):
+            progress.step(0.1, 32, 1.0, 0.5, 1, 1)
+        assert ("\r\x1b[K" in stream.getvalue()) == live
+        assert ("epoch 1/1" in stream.getvalue()) == live
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.04, "0.0 s"), (9.96, "10 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")],
+)
+def test_durations_read_well(seconds, text):
+    assert duration(seconds) == text
