@@ -1,5 +1,6 @@
 """What every command has in common: how it ends, and what it says of itself."""
 
+import argparse
 import os
 import platform
 import subprocess
@@ -7,9 +8,16 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from npser.errors import RunFailed, UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An option parser that says what is wrong in one line, without repeating all options."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog.removeprefix('python -m ')}: {message} (--help tells the options)\n")
 
 
 def run(command: str, main: Callable[[], int]) -> None:

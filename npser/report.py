@@ -6,7 +6,6 @@ A report is worked out once, as a list of blocks (paragraphs and tables of strin
 the terminal or as Markdown for the run folder's report.md.
 """
 
-import argparse
 import math
 import sys
 import textwrap
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from npser.cli import run
+from npser.cli import Parser, run
 from npser.errors import UserError
 from npser.metrics import (
     Figure,
@@ -243,7 +242,7 @@ def _markdown_escaped(text: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command `python -m npser.report`; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m npser.report",
         description="Print the report of a run: precision, recall and F1 of each emotion as in the paper's table "
         "(means of the per-fold figures) with the pooled figures beside them, average F1 with its spread over repeats "

@@ -11,7 +11,6 @@ syllables, their rate, tremor, creak), so that the mean spectrum, pitch and ener
 Write it to disk with `python -m npser.synthetic FOLDER`.
 """
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
-from npser.cli import run
+from npser.cli import Parser, run
 from npser.corpus import PAPER_LABELS, SAMPLE_RATE, Corpus, Utterance
 from npser.errors import UserError
 
@@ -272,7 +271,7 @@ def write_corpus(folder: Path) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m npser.synthetic",
         description="Write the built-in demonstration corpus as 16 kHz, 16-bit WAV files, one sub-folder per emotion, "
         "to be used with --data FOLDER.",

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npser.cli import machine, run, versions
+from npser.cli import Parser, machine, run, versions
 from npser.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def repeat_and_fold(text: str) -> tuple[int, int]:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="python -m npser.train",
         description="Train one of the three networks of Lim, Jang and Lee (APSIPA 2016) to recognise emotions in "
         "speech, and test it by cross-validation on recordings it has not heard. Prints the paper's table: precision, "
@@ -63,7 +63,6 @@ def parser() -> argparse.ArgumentParser:
         "goes on from its last finished epoch. Exit status: 0 done, 1 the run failed (training diverged, disk full), "
         "2 wrong use or bad input, 130 interrupted. Example, the paper's experiment: "
         "python -m npser.train --arch cnn --data emodb",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     what = p.add_argument_group("what is trained, and on what")
     what.add_argument(
@@ -78,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
         default="demo",
         metavar="demo|emodb|FOLDER",
         help="demo: the built-in generated corpus; emodb: the corpus at $NPSER_DATA/emodb; FOLDER: searched for audio, "
-        "the emotion told by EMO-DB file names, else by the folder that a file lies in",
+        "the emotion told by EMO-DB file names, else by the folder that a file lies in (default: demo)",
     )
     protocol = p.add_argument_group("protocol")
     protocol.add_argument(
@@ -86,12 +85,14 @@ def parser() -> argparse.ArgumentParser:
         default="stratified",
         choices=("stratified", "speaker", "none"),
         help="stratified: every fold has its share of each emotion; speaker: leave one speaker out; none: fit one "
-        "model on everything and save it",
+        "model on everything and save it (default: stratified)",
     )
     protocol.add_argument("--folds", type=whole(2), metavar="N", help="test folds (default: 10, demo 3)")
     protocol.add_argument("--repeats", type=whole(1), metavar="N", help="repeats of all folds (default: 5, demo 1)")
     protocol.add_argument("--epochs", type=whole(1), metavar="N", help=f"{_by_arch(EPOCHS, DEMO_EPOCHS)}")
-    protocol.add_argument("--batch-size", type=whole(1), default=32, metavar="N", help="windows in an update")
+    protocol.add_argument(
+        "--batch-size", type=whole(1), default=32, metavar="N", help="windows in an update (default: 32)"
+    )
     protocol.add_argument(
         "--segment-hop",
         type=whole(1),
@@ -102,9 +103,12 @@ def parser() -> argparse.ArgumentParser:
         "--vote",
         default="sum",
         choices=("sum", "majority"),
-        help="how an utterance's windows decide: sum of their probabilities, or majority; both are recorded",
+        help="how an utterance's windows decide: sum of their probabilities, or majority; both are recorded "
+        "(default: sum)",
     )
-    protocol.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of folds, weights, order, dropout")
+    protocol.add_argument(
+        "--seed", type=whole(0), default=0, metavar="N", help="of folds, weights, order, dropout (default: 0)"
+    )
     protocol.add_argument(
         "--only", type=repeat_and_fold, metavar="R.F", help="run just repeat R, fold F, counted from 0"
     )
@@ -113,7 +117,8 @@ def parser() -> argparse.ArgumentParser:
         "--backend",
         default="cpu",
         choices=("cpu", "reference", "cuda"),
-        help="cpu: compiled kernels; reference: plain NumPy, to check by, many times slower; cuda: not there yet",
+        help="cpu: compiled kernels; reference: plain NumPy, to check by, many times slower; cuda: not there yet "
+        "(default: cpu)",
     )
     how.add_argument("--threads", type=whole(1), metavar="N", help="processor cores to use (default: all)")
     how.add_argument(
@@ -127,7 +132,7 @@ def parser() -> argparse.ArgumentParser:
         "--checkpoint",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="save the state after every epoch, to go on from (tdcnn: 1.2 GB)",
+        help="save the state after every epoch, to go on from; 1.2 GB for tdcnn (default: yes)",
     )
     return p
 
