@@ -1,7 +1,7 @@
 """The three networks at the paper's sizes against PyTorch, with the same weights: an independent truth.
 
-PyTorch's images are (channels, time, frequency), its weights stand the other way round, and its LSTMs have a second bias,
-which is held at zero here. Its gates have our order: input, forget, cell, output.
+PyTorch's images are (channels, time, frequency), its weights stand the other way round, and its LSTMs have a second
+bias, which is held at zero here. Its gates have our order: input, forget, cell, output.
 """
 
 import gc
@@ -9,7 +9,8 @@ import gc
 import numpy as np
 import pytest
 
-from npser.models import ARCHITECTURES, WINDOW_HOP, WINDOWS, build_model
+from kernels import cpu  # noqa: F401 - before PyTorch, whose OpenMP would else not know that waiting is passive
+from npser.models import ARCHITECTURES, WINDOW_HOP, WINDOWS, build_model, parameter_count
 from npser.optim import SGD
 
 torch = pytest.importorskip("torch")
@@ -94,6 +95,7 @@ def test_logits_gradients_and_ten_steps(arch):
     model, twin = build_model(arch, backend="cpu", seed=3, dropout=0.0), Twin(arch)
     pairs = twin.pairs()
     assert pairs.keys() == model.params.keys()
+    assert sum(parameter.numel() for parameter, _ in pairs.values()) == parameter_count(arch)
     with torch.no_grad():
         for name, (parameter, axes) in pairs.items():
             parameter.copy_(torch.from_numpy(model.params[name]).permute(axes))

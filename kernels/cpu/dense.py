@@ -53,4 +53,7 @@ def dense_backward_bias(dy: Array) -> Array:
 def dense_update_weights(x: Array, dy: Array, w: Array, v: Array, lr: float, momentum: float) -> None:
     """See `kernels.reference.dense_update_weights`; w and v are C-contiguous, and changed in place."""
     x, dy = as_float32(x=x, dy=dy)
-    matmul_update(x.T, dy, w, v, lr, momentum)
+    if w.size > x.size + dy.size:
+        matmul_update(x.T, dy, w, v, lr, momentum)
+    else:  # a long sum for a small gradient: better blocked along the sum, and the gradient costs nothing to store
+        sgd_update(w, v, matmul(x.T, dy), lr, momentum)

@@ -111,17 +111,28 @@ def _pack_rows(a: Array, stride_m: int, stride_k: int, M: int, packed: Array) ->
                 packed[tile, i, r] = a[m * stride_m + i * stride_k] if m < M else np.float32(0)
 
 
+@kernel
+def copy_panels(k: Emitter, b: Ptr, b_row: Int, depth: Int, panels: Int, packed: Ptr, panel: Int) -> None:
+    """depth rows of `panels` whole panels, side by side in b, to packed; row by row, as b lies in memory."""
+    for i in k.range(depth):
+        for p in k.range(panels):
+            for v in range(VECS):
+                k.store(packed + p * panel + i * COLUMNS + LANES * v, k.load(b + i * b_row + p * COLUMNS + LANES * v))
+
+
 @compiled
 def _pack_columns(b: Array, k0: int, n0: int, K: int, N: int, packed: Array) -> None:
     """packed[panel, i, x] = b[k0 + i, n0 + panel*COLUMNS + x] for i < K, columns below N; zeros behind them."""
-    width = N - n0
-    for i in range(K):  # row by row, as b lies in memory
-        for panel in range(min(packed.shape[0], (width + COLUMNS - 1) // COLUMNS)):
-            first, filled = n0 + panel * COLUMNS, min(COLUMNS, width - panel * COLUMNS)
-            for x in range(filled):
-                packed[panel, i, x] = b[k0 + i, first + x]
-            for x in range(filled, COLUMNS):
-                packed[panel, i, x] = 0
+    columns = min(N - n0, packed.shape[0] * COLUMNS)
+    whole, rest = columns // COLUMNS, columns % COLUMNS
+    row = b.shape[1]
+    at = b.ctypes.data + 4 * (k0 * row + n0)
+    copy_panels(at, row, K, whole, packed.ctypes.data, packed.shape[1] * COLUMNS)
+    if rest:
+        first = n0 + whole * COLUMNS
+        for i in range(K):
+            for x in range(COLUMNS):
+                packed[whole, i, x] = b[k0 + i, first + x] if x < rest else np.float32(0)
 
 
 @compiled(parallel=True)
@@ -138,15 +149,12 @@ def _multiply(a: Array, b: Array, panels: Array, c: Array) -> None:
         for k0 in range(0, K, BLOCK):
             depth = min(BLOCK, K - k0)
             _pack_columns(b, k0, n0, depth, N, mine)
-            for tile in range(first_tile, min(first_tile + tiles_per_block, tiles)):
-                for n in range(n0, min(n0 + BLOCK, width), COLUMNS):
+            for n in range(n0, min(n0 + BLOCK, width), COLUMNS):  # a panel of b stays in the first-level cache
+                for tile in range(first_tile, min(first_tile + tiles_per_block, tiles)):
                     add_product(
-                        a.ctypes.data + 4 * (tile * K + k0) * ROWS,
-                        mine.ctypes.data + 4 * (n - n0) * BLOCK,
-                        depth,
-                        c.ctypes.data + 4 * (tile * ROWS * width + n),
-                        width,
-                    )
+                        a.ctypes.data + 4 * (tile * K + k0) * ROWS, mine.ctypes.data + 4 * (n - n0) * BLOCK, depth,
+                        c.ctypes.data + 4 * (tile * ROWS * width + n), width,
+                    )  # fmt: skip
 
 
 def _packed_rows(a: Array) -> Array:
