@@ -27,7 +27,7 @@ import kernels
 from kernels import cpu, reference
 from kernels.cpu import conv, elementwise, lstm, tools
 from kernels.cpu import matmul as matmul_module
-from kernels.cpu.matmul import BLOCK, COLUMNS, ROWS, matmul
+from kernels.cpu.matmul import BLOCK, COLUMNS, DOT_DEPTH, ROWS, matmul, matmul_transposed
 from kernels.reference import DEAD
 
 HELPERS = {"reference": {"dropout_threshold", "hann"}, "cpu": {"cache_is_cold"}}  # public, but not operations
@@ -313,7 +313,9 @@ def test_relu_and_maxpool_are_exact(make, sizes):
 # --- dense -------------------------------------------------------------------------------------------------------
 
 # 1, just below and above a tile, around a cache block, and more than one block
-lengths = st.sampled_from([1, 2, ROWS - 1, ROWS + 1, COLUMNS - 1, COLUMNS + 1, 70, BLOCK - 1, BLOCK, BLOCK + 3, 530])
+lengths = st.sampled_from(
+    [1, 2, ROWS - 1, ROWS + 1, COLUMNS - 1, COLUMNS + 1, 70, BLOCK - 1, BLOCK, 530, DOT_DEPTH + 5]
+)
 
 
 @few_examples
@@ -337,14 +339,16 @@ def test_dense(make, N, I, J, big_x, big_w):
 
 
 @few_examples
-@given(numbers, lengths, lengths, lengths, st.booleans(), st.booleans())
-def test_matmul_of_transposed_views(make, M, K, N, turn_a, turn_b):
-    a = make(K, M).T if turn_a else make(M, K)
-    b = make(N, K).T if turn_b else make(K, N)
+@given(numbers, lengths, lengths, lengths, st.booleans())
+def test_matmul(make, M, K, N, turn_a):
+    """The left side in any layout; the right side is contiguous, or it is `matmul_transposed` that multiplies."""
+    a, b = make(K, M).T if turn_a else make(M, K), np.ascontiguousarray(make(K, N))
     bias = make(N)
     (a_, b_, bias_), (abs_a, abs_b, abs_bias) = wide(a, b, bias), absolute(a, b, bias)
     assert_within(matmul(a, b), a_ @ b_, abs_a @ abs_b)
     assert_within(matmul(a, b, bias), a_ @ b_ + bias_, abs_a @ abs_b + abs_bias)
+    a, b_t = np.ascontiguousarray(a), np.ascontiguousarray(b.T)
+    assert_within(matmul_transposed(a, b_t), a_ @ b_, abs_a @ abs_b)
 
 
 @few_examples
