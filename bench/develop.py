@@ -75,7 +75,8 @@ def main() -> int:
         )
         row = (
             options.arch, corpus.name, f"0.{options.fold}", options.epochs, options.segment_hop, options.batch_size,
-            options.clip_norm or "", options.seed, options.note, result.epoch, f"{result.loss:.4f}", f"{result.accuracy:.4f}",
+            options.clip_norm or "",
+            options.seed, options.note, result.epoch, f"{result.loss:.4f}", f"{result.accuracy:.4f}",
             f"{by_sum:.4f}", f"{by_majority:.4f}", f"{result.seconds:.1f}",
         )  # fmt: skip
         with TABLE.open("a", newline="") as file:

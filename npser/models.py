@@ -266,9 +266,11 @@ def build_model(
         raise ValueError(f"unknown architecture {arch!r}: choose one of {', '.join(ARCHITECTURES)}")
     if dtype not in ("float32", "float64") or (dtype == "float64" and backend != "reference"):
         raise ValueError(f"dtype {dtype!r} with backend {backend!r}: float32, or float64 on the reference rung")
+    if min(filters, 1 if hidden is None else hidden, classes) < 1 or bins < 4 or not 0 <= dropout < 1:
+        raise ValueError("filters, hidden and classes must be at least 1, bins at least 4, dropout in [0, 1)")
     settings = {
         "filters": filters,
-        "hidden": hidden or _HIDDEN[arch],
+        "hidden": _HIDDEN[arch] if hidden is None else hidden,
         "bins": bins,
         "classes": classes,
         "dropout": dropout,
@@ -294,8 +296,10 @@ def load_model(path: str | os.PathLike[str], backend: str = "cpu") -> Model:
             if "scale/mean" in file:
                 model.scale = Standardisation(file["scale/mean"], file["scale/deviation"])
             model.labels, model.training = tuple(about["labels"]), about["training"]
+            if len(model.labels) != model.settings["classes"]:
+                raise ValueError(f"it names {len(model.labels)} labels for {model.settings['classes']} classes")
     except FileNotFoundError as error:
         raise UserError(f"{path}: there is no such file") from error
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: not a model file that this program can read ({error})") from error
     return model

@@ -27,7 +27,7 @@ Floats = NDArray[np.float64]
 
 SEED = 2016
 SPEAKERS = 10
-TAKES = 3
+TAKES = 4
 HOP = 128  # samples between two control points (8 ms)
 WINDOW = 2 * HOP  # samples that one setting of the vocal tract filters; two overlap
 FFT = 512  # leaves room for the ringing of the formants
@@ -69,13 +69,13 @@ class Style:
 STYLES = {
     # pitch, accent, glide, rate, attack, release, dip, pause, level, tilt, breath, vowels;
     # then, where they are out of the ordinary, jitter, tremor, shake, creak
-    "neutral": Style( 0.0, 0.8,  (0, 0, -0.5), 4.0, 0.030, 0.05, 0.35, 0.04,  0.0,  0.3, 1.0, 0.6),
-    "anger":   Style( 3.0, 2.5,  (4, 0, -5.0), 6.5, 0.005, 0.12, 0.02, 0.02,  4.0, -2.0, 1.0, 1.0, jitter=0.1),
-    "fear":    Style( 5.0, 1.5,  (0, 0,  0.0), 5.0, 0.020, 0.03, 0.60, 0.04, -2.0,  0.3, 4.0, 0.5, 0.05, 11, shake=1),
-    "disgust": Style(-3.0, 1.0,  (1, 0, -3.0), 3.0, 0.005, 0.20, 0.05, 0.06,  0.0,  0.5, 0.7, 0.6, 0.03, creak=0.95),
-    "sadness": Style(-2.0, 0.7,  (1, 0, -3.0), 2.3, 0.150, 0.20, 0.15, 0.08, -4.0,  2.5, 3.0, 0.3, shake=0.1),
-    "boredom": Style(-3.0, 0.2,  (0, 0,  0.0), 1.8, 0.040, 0.05, 0.85, 0.03, -2.0,  1.0, 1.0, 0.1, jitter=0.005),
-    "happy":   Style( 4.5, 1.0, (-6, 6, -5.0), 4.2, 0.110, 0.11, 0.03, 0.02,  1.5, -0.8, 0.6, 0.9, jitter=0.005),
+    "neutral": Style( 0.0, 0.8,  (0, 0, -0.5), 4.0, 0.030, 0.05, 0.35, 0.04,  0.0,  0.4, 1.0, 0.6),
+    "anger":   Style( 2.5, 2.5,  (4, 0, -5.0), 7.5, 0.005, 0.08, 0.02, 0.02,  4.5, -2.6, 1.0, 0.9, jitter=0.1),
+    "fear":    Style( 4.0, 1.5,  (0, 0,  0.0), 5.0, 0.020, 0.03, 0.60, 0.04, -2.6,  0.3, 4.2, 0.5, 0.05, 11, shake=1),
+    "disgust": Style(-3.0, 1.0,  (1, 0, -3.0), 2.4, 0.005, 0.20, 0.02, 0.06,  0.5,  1.0, 0.6, 0.6, 0.03, creak=0.95),
+    "sadness": Style(-2.0, 0.7,  (1, 0, -3.0), 2.1, 0.150, 0.20, 0.05, 0.08, -4.4,  2.6, 3.5, 0.4, shake=0.1),
+    "boredom": Style(-2.5, 0.2,  (0, 0,  0.0), 1.8, 0.040, 0.05, 0.90, 0.03, -1.5,  1.1, 1.0, 0.2, jitter=0.005),
+    "happy":   Style( 4.0, 1.0, (-7, 7, -6.0), 4.4, 0.080, 0.08, 0.03, 0.02,  1.4, -0.7, 0.5, 0.9, jitter=0.005),
 }
 # fmt: on
 
@@ -120,7 +120,7 @@ def _speaker(number: int) -> Speaker:
     place = (number - 1) // 2 / (SPEAKERS // 2 - 1)  # 0..1 within the low or the high voices
     low = number % 2 == 1
     pitch = 90 * 1.55**place if low else 160 * 1.56**place
-    tract = (0.85 if low else 1.02) + 0.16 * rng.permutation(5)[0] / 4
+    tract = (0.90 if low else 1.02) + 0.10 * rng.permutation(5)[0] / 4
     return Speaker(pitch, tract, breath=float(rng.uniform(0.02, 0.08)), tempo=float(rng.uniform(0.9, 1.1)))
 
 
@@ -169,7 +169,8 @@ def _utter(speaker: Speaker, style: Style, rng: np.random.Generator) -> NDArray[
     pitch = speaker.pitch * 2 ** (_smooth(semitones, 3) / 12)
 
     # Vocal tract and voice.
-    targets = style.vowels * VOWELS[vowel] + (1 - style.vowels) * VOWELS[-1]
+    clear = 0.6 * style.vowels
+    targets = clear * VOWELS[vowel] + (1 - clear) * VOWELS[-1]
     formants = _smooth(targets[at] * rng.normal(1, 0.02, 5), 8) * speaker.tract
     breath = speaker.breath * style.breath * rng.uniform(0.8, 1.25)
     jitter = style.jitter * rng.uniform(0.8, 1.25)
@@ -184,7 +185,7 @@ def _utter(speaker: Speaker, style: Style, rng: np.random.Generator) -> NDArray[
     noise = rng.standard_normal(times.size * HOP) * np.repeat(noisy, HOP)
     frequency = np.fft.rfftfreq(FFT, 1 / SAMPLE_RATE)
     band = np.exp(-(((frequency - centre[at][:, None]) / 1200) ** 2))
-    samples = voiced / _rms(voiced) + 0.4 * (0.3 + 0.7 * style.vowels) * _filtered(noise, band)
+    samples = voiced / _rms(voiced) + 0.25 * (0.3 + 0.7 * style.vowels) * _filtered(noise, band)
 
     level = style.level + rng.normal(0, 1.5)  # dB: the emotion, and how far the microphone is
     samples = samples[:size] / _rms(samples[:size]) + 10 ** (rng.uniform(-42, -38) / 20) * rng.standard_normal(size)

@@ -59,8 +59,8 @@ def test_balance_names_and_labels(corpus):
     assert corpus.labels == PAPER_LABELS
     assert corpus.skipped == ()
     assert len(corpus.speakers) == 10
-    assert set(Counter((u.speaker, u.emotion) for u in corpus.utterances).values()) == {3}
-    assert len(corpus.utterances) == 210
+    assert set(Counter((u.speaker, u.emotion) for u in corpus.utterances).values()) == {4}
+    assert len(corpus.utterances) == 280
     names = [u.name for u in corpus.utterances]
     assert names == sorted(set(names))
     anger = next(u for u in corpus.utterances if u.name == "s03-anger-2.wav")
@@ -90,7 +90,7 @@ def test_reading_is_a_function_of_the_utterance_alone(corpus, recordings):
     for i in (17, 3, 200, 3):
         assert again.read(again.utterances[i]).tobytes() == recordings[i].tobytes()
     np.testing.assert_array_equal(np.random.get_state()[1], state)  # noqa: NPY002  nor be advanced
-    more_takes = demo_corpus(takes=4)
+    more_takes = demo_corpus(takes=5)
     same = next(u for u in more_takes.utterances if u.name == corpus.utterances[5].name)
     assert more_takes.read(same).tobytes() == recordings[5].tobytes()
 
@@ -128,8 +128,8 @@ def test_means_alone_do_not_solve_it(corpus, recordings):
     assert 0.3 < uar < 0.7  # chance is 0.14
     shuffled = np.random.default_rng(1).permutation(corpus.targets)
     chance = centroid_uar(features, shuffled, np.random.default_rng(0))
-    # Four standard deviations of a binomial proportion, n = 210 and p = 1/7.
-    assert abs(chance - 1 / 7) < 4 * np.sqrt(1 / 7 * 6 / 7 / 210)
+    # Four standard deviations of a binomial proportion, n = 280 and p = 1/7.
+    assert abs(chance - 1 / 7) < 4 * np.sqrt(1 / 7 * 6 / 7 / 280)
 
 
 def test_filter_follows_the_formants():

@@ -59,7 +59,7 @@ def test_no_test_utterance_is_in_training():
     corpus = demo_corpus()
     for fold in make_folds(corpus, "stratified", 3, 2, 0) + make_folds(corpus, "speaker", 10, 1, 0):
         assert not set(fold.train) & set(fold.test)
-        assert len(fold.train) + len(fold.test) == 210
+        assert len(fold.train) + len(fold.test) == 280
     by_speaker = make_folds(corpus, "speaker", 10, 1, 0)
     for fold in by_speaker:
         speakers = [{corpus.utterances[i].speaker for i in part} for part in (fold.train, fold.test)]

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels.cpu.simd import LANES, REGISTERS, Bytes, Emitter, Int, Ptr, kernel
-from kernels.cpu.tools import PARTS, Array, as_float32, compiled, round_up, thread_id
+from kernels.cpu.tools import PARTS, Array, as_float32, check_shapes, compiled, round_up, thread_id
 from kernels.reference import DEAD
 
 OUT_VECS = 2  # vectors of output channels in a forward tile
@@ -187,6 +187,7 @@ def conv3x3_forward(x: Array, w: Array, b: Array) -> Array:
     x, w, b = as_float32(x=x, w=w, b=b)
     B, T, F, C = x.shape
     O = w.shape[3]
+    check_shapes(w=(w, (3, 3, C, O)), b=(b, (O,)))
     packed, bias = _pack(w, b)
     y = np.empty((B, round_up(T, 2), round_up(F, 2), len(bias)), np.float32)
     _conv3x3(_rows(x), C, packed, bias, _strips(nb.get_num_threads(), F, C), y)
@@ -198,6 +199,7 @@ def conv_relu_pool_forward(x: Array, w: Array, b: Array) -> tuple[Array, NDArray
     x, w, b = as_float32(x=x, w=w, b=b)
     B, T, F, C = x.shape
     O = w.shape[3]
+    check_shapes(w=(w, (3, 3, C, O)), b=(b, (O,)))
     packed, bias = _pack(w, b)
     y = np.empty((B, T // 2, F // 2, len(bias)), np.float32)
     argmax = np.empty(y.shape, np.uint8)
@@ -392,6 +394,7 @@ def conv3x3_backward(dy: Array, x: Array, w: Array, need_dx: bool = True) -> tup
     """See `kernels.reference.conv3x3_backward`."""
     dy, x, w = as_float32(dy=dy, x=x, w=w)
     T, F, C, O = *x.shape[1:], w.shape[3]
+    check_shapes(dy=(dy, (len(x), T, F, O)), w=(w, (3, 3, C, O)))
     turned = np.ascontiguousarray(w[::-1, ::-1].swapaxes(2, 3))
     dx = conv3x3_forward(dy, turned, np.zeros(C, np.float32)) if need_dx else None
     even = np.pad(dy, ((0, 0), (0, T % 2), (0, F % 2), (0, 0))) if T % 2 or F % 2 else dy
@@ -404,9 +407,10 @@ def conv_relu_pool_backward(
 ) -> tuple[Array | None, Array, Array]:
     """See `kernels.reference.conv_relu_pool_backward`."""
     dy, x, w = as_float32(dy=dy, x=x, w=w)
-    argmax = np.ascontiguousarray(argmax)
+    argmax = np.ascontiguousarray(argmax, np.uint8)
     B, T, F, C = x.shape
     O = w.shape[3]
+    check_shapes(dy=(dy, (B, T // 2, F // 2, O)), argmax=(argmax, dy.shape), w=(w, (3, 3, C, O)))
     channels = round_up(C, IN_GROUP)
     if C < LANES:
         dw, db = _dw_by_outputs(x, dy, argmax, True, O)
@@ -452,6 +456,7 @@ def relu_forward(x: Array) -> Array:
 def relu_backward(dy: Array, y: Array) -> Array:
     """See `kernels.reference.relu_backward`."""
     dy, y = as_float32(dy=dy, y=y)
+    check_shapes(y=(y, dy.shape))
     dx = np.empty_like(dy)
     _relu_gradient(dy.ravel(), y.ravel(), dx.ravel())
     return dx
@@ -498,5 +503,6 @@ def maxpool2x2_backward(dy: Array, argmax: NDArray[np.uint8], x_shape: tuple[int
     """See `kernels.reference.maxpool2x2_backward`."""
     (dy,) = as_float32(dy=dy)
     dx = np.zeros(x_shape, np.float32)
-    _maxpool_gradient(dy, np.ascontiguousarray(argmax), dx)
+    check_shapes(dy=(dy, (x_shape[0], x_shape[1] // 2, x_shape[2] // 2, x_shape[3])), argmax=(argmax, dy.shape))
+    _maxpool_gradient(dy, np.ascontiguousarray(argmax, np.uint8), dx)
     return dx

@@ -10,7 +10,7 @@ import numba as nb
 import numpy as np
 
 from kernels.cpu.matmul import matmul, matmul_transposed, matmul_update
-from kernels.cpu.tools import Array, as_float32, compiled
+from kernels.cpu.tools import Array, as_float32, check_in_place, check_shapes, compiled
 
 
 @compiled(parallel=True)
@@ -23,24 +23,29 @@ def _sgd(w: Array, v: Array, dw: Array, lr: np.float32, momentum: np.float32) ->
 def sgd_update(w: Array, v: Array, dw: Array, lr: float, momentum: float) -> None:
     """See `kernels.reference.sgd_update`; w and v are C-contiguous, and changed in place."""
     (dw,) = as_float32(dw=dw)
+    check_in_place(w=w, v=v)
+    check_shapes(w=(w, dw.shape), v=(v, dw.shape))
     _sgd(w.reshape(-1), v.reshape(-1), dw.reshape(-1), np.float32(lr), np.float32(momentum))
 
 
 def dense_forward(x: Array, w: Array, b: Array) -> Array:
     """See `kernels.reference.dense_forward`."""
     x, w, b = as_float32(x=x, w=w, b=b)
+    check_shapes(w=(w, (x.shape[1], w.shape[1])), b=(b, w.shape[1:]))
     return matmul(x, w, b)
 
 
 def dense_backward_input(dy: Array, w: Array) -> Array:
     """See `kernels.reference.dense_backward_input`."""
     dy, w = as_float32(dy=dy, w=w)
+    check_shapes(w=(w, (w.shape[0], dy.shape[1])))
     return matmul_transposed(dy, w)
 
 
 def dense_backward_weights(x: Array, dy: Array) -> Array:
     """See `kernels.reference.dense_backward_weights`."""
     x, dy = as_float32(x=x, dy=dy)
+    check_shapes(dy=(dy, (len(x), dy.shape[1])))
     return matmul(x.T, dy)
 
 
@@ -53,6 +58,8 @@ def dense_backward_bias(dy: Array) -> Array:
 def dense_update_weights(x: Array, dy: Array, w: Array, v: Array, lr: float, momentum: float) -> None:
     """See `kernels.reference.dense_update_weights`; w and v are C-contiguous, and changed in place."""
     x, dy = as_float32(x=x, dy=dy)
+    check_in_place(w=w, v=v)
+    check_shapes(dy=(dy, (len(x), dy.shape[1])), w=(w, (x.shape[1], dy.shape[1])), v=(v, w.shape))
     if w.size > x.size + dy.size:
         matmul_update(x.T, dy, w, v, lr, momentum)
     else:  # a long sum for a small gradient: better blocked along the sum, and the gradient costs nothing to store

@@ -16,7 +16,7 @@ import numba as nb
 import numpy as np
 
 from kernels.cpu.simd import LANES, REGISTERS, Emitter, Int, Ptr, kernel, sigmoid, tanh
-from kernels.cpu.tools import Array, as_float32, compiled, round_up
+from kernels.cpu.tools import Array, as_float32, check_shapes, compiled, round_up
 
 ROWS = 4 if REGISTERS == 32 else 2  # sequences in a forward tile: 4 * ROWS accumulators
 BACK_ROWS = 8 if REGISTERS == 32 else 4  # sequences in a backward tile: BACK_VECS * BACK_ROWS accumulators
@@ -197,6 +197,7 @@ def lstm_forward(z: Array, wh: Array) -> tuple[Array, Array, Array]:
     z, wh = as_float32(z=z, wh=wh)
     B, T, _ = z.shape
     H = wh.shape[0]
+    check_shapes(z=(z, (B, T, 4 * H)), wh=(wh, (H, 4 * H)))
     units = round_up(H, UNITS)
     z = _pad_gates(z, H, units)
     square = _pad_units(_pad_gates(wh, H, units), units, axis=0)
@@ -210,7 +211,8 @@ def lstm_forward(z: Array, wh: Array) -> tuple[Array, Array, Array]:
 def lstm_backward(dh: Array, gates: Array, c: Array, wh: Array) -> Array:
     """See `kernels.reference.lstm_backward`."""
     dh, gates, c, wh = as_float32(dh=dh, gates=gates, c=c, wh=wh)
-    B, _, H = dh.shape
+    B, T, H = dh.shape
+    check_shapes(gates=(gates, (B, T, 4 * H)), c=(c, dh.shape), wh=(wh, (H, 4 * H)))
     units = round_up(H, UNITS)
     square = _pad_units(_pad_gates(wh, H, units), units, axis=0)
     wh_t = np.ascontiguousarray(square.reshape(units // UNITS, UNITS, 4 * units).transpose(0, 2, 1))

@@ -86,6 +86,21 @@ def as_float32(**operands: NDArray[Any]) -> tuple[Array, ...]:
     return tuple(np.ascontiguousarray(value) for value in operands.values())
 
 
+def check_in_place(**operands: NDArray[Any]) -> None:
+    """Raises TypeError, naming the operand, for one that cannot be changed in place: it must be C-contiguous float32."""
+    as_float32(**operands)
+    for name, value in operands.items():
+        if not value.flags.c_contiguous:
+            raise TypeError(f"{name} is changed in place, and must be C-contiguous for that")
+
+
+def check_shapes(**operands: tuple[NDArray[Any], tuple[int, ...]]) -> None:
+    """Raises ValueError for an operand (value, shape wanted) of another shape: compiled kernels do not check bounds."""
+    for name, (value, shape) in operands.items():
+        if value.shape != shape:
+            raise ValueError(f"{name} has shape {value.shape}, but the other operands ask for {shape}")
+
+
 def round_up(n: int, multiple: int) -> int:
     """The smallest multiple that is at least n."""
     return -(-n // multiple) * multiple
