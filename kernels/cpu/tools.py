@@ -87,7 +87,7 @@ def as_float32(**operands: NDArray[Any]) -> tuple[Array, ...]:
 
 
 def check_in_place(**operands: NDArray[Any]) -> None:
-    """Raises TypeError, naming the operand, for one that cannot be changed in place: it must be C-contiguous float32."""
+    """Raises TypeError, naming the operand, unless it can be changed in place: C-contiguous float32."""
     as_float32(**operands)
     for name, value in operands.items():
         if not value.flags.c_contiguous:
