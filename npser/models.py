@@ -266,8 +266,9 @@ def build_model(
         raise ValueError(f"unknown architecture {arch!r}: choose one of {', '.join(ARCHITECTURES)}")
     if dtype not in ("float32", "float64") or (dtype == "float64" and backend != "reference"):
         raise ValueError(f"dtype {dtype!r} with backend {backend!r}: float32, or float64 on the reference rung")
-    if min(filters, 1 if hidden is None else hidden, classes) < 1 or bins < 4 or not 0 <= dropout < 1:
-        raise ValueError("filters, hidden and classes must be at least 1, bins at least 4, dropout in [0, 1)")
+    least_bins = 1 if arch == "lstm" else 4  # two poolings leave a quarter
+    if min(filters, 1 if hidden is None else hidden, classes) < 1 or bins < least_bins or not 0 <= dropout < 1:
+        raise ValueError(f"filters, hidden and classes must be >= 1, bins >= {least_bins}, dropout in [0, 1)")
     settings = {
         "filters": filters,
         "hidden": _HIDDEN[arch] if hidden is None else hidden,

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels.cpu.simd import LANES, REGISTERS, Bytes, Emitter, Int, Ptr, kernel
-from kernels.cpu.tools import PARTS, Array, as_float32, check_shapes, compiled, round_up, thread_id
+from kernels.cpu.tools import PARTS, Array, as_float32, as_places, check_shapes, compiled, round_up, thread_id
 from kernels.reference import DEAD
 
 OUT_VECS = 2  # vectors of output channels in a forward tile
@@ -407,7 +407,7 @@ def conv_relu_pool_backward(
 ) -> tuple[Array | None, Array, Array]:
     """See `kernels.reference.conv_relu_pool_backward`."""
     dy, x, w = as_float32(dy=dy, x=x, w=w)
-    argmax = np.ascontiguousarray(argmax, np.uint8)
+    argmax = as_places(argmax)
     B, T, F, C = x.shape
     O = w.shape[3]
     check_shapes(dy=(dy, (B, T // 2, F // 2, O)), argmax=(argmax, dy.shape), w=(w, (3, 3, C, O)))
@@ -504,5 +504,5 @@ def maxpool2x2_backward(dy: Array, argmax: NDArray[np.uint8], x_shape: tuple[int
     (dy,) = as_float32(dy=dy)
     dx = np.zeros(x_shape, np.float32)
     check_shapes(dy=(dy, (x_shape[0], x_shape[1] // 2, x_shape[2] // 2, x_shape[3])), argmax=(argmax, dy.shape))
-    _maxpool_gradient(dy, np.ascontiguousarray(argmax, np.uint8), dx)
+    _maxpool_gradient(dy, as_places(argmax), dx)
     return dx

@@ -86,6 +86,13 @@ def as_float32(**operands: NDArray[Any]) -> tuple[Array, ...]:
     return tuple(np.ascontiguousarray(value) for value in operands.values())
 
 
+def as_places(argmax: NDArray[Any]) -> NDArray[np.uint8]:
+    """An argmax, contiguous. Raises TypeError where it is not uint8."""
+    if argmax.dtype != np.uint8:
+        raise TypeError(f"argmax holds places as uint8, not {argmax.dtype}")
+    return np.ascontiguousarray(argmax)
+
+
 def check_in_place(**operands: NDArray[Any]) -> None:
     """Raises TypeError, naming the operand, unless it can be changed in place: C-contiguous float32."""
     as_float32(**operands)
