@@ -170,7 +170,6 @@ class Model:
     the parameters, kept for whoever reads a model file.
     """
 
-    labels: tuple[str, ...] = PAPER_LABELS
     scale: Standardisation | None = None
     training: Mapping[str, Any] = {}  # settings of the training, for the model file
 
@@ -180,6 +179,8 @@ class Model:
         self.layers = layers
         self.input_frames = input_frames(arch, self.settings["bins"])
         self.dtype = np.dtype(self.settings["dtype"])
+        classes = self.settings["classes"]
+        self.labels = PAPER_LABELS if classes == len(PAPER_LABELS) else tuple(f"class {n}" for n in range(classes))
 
     @property
     def params(self) -> dict[str, Array]:
