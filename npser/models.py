@@ -44,9 +44,8 @@ FILE_FORMAT = 1
 # --- the three networks ------------------------------------------------------------------------------------------
 
 
-def _cnn(make: "Maker", filters: int, hidden: int, bins: int, classes: int, dropout: float) -> list[Layer]:
-    """Two convolution blocks, a dense layer of 1024, the classes: 33.57 million parameters."""
-    features = (bins // 4) ** 2 * filters
+def _convolutions(make: "Maker", filters: int, dropout: float) -> list[Layer]:
+    """(B, bins, bins) -> (B, (bins/4)^2 * filters): the two convolution blocks that cnn and tdcnn begin with."""
     return [
         AddChannel(),
         make.conv("conv1", 1, filters),
@@ -54,6 +53,14 @@ def _cnn(make: "Maker", filters: int, hidden: int, bins: int, classes: int, drop
         make.conv("conv2", filters, filters),
         make.dropout(dropout),
         Flatten(),
+    ]
+
+
+def _cnn(make: "Maker", filters: int, hidden: int, bins: int, classes: int, dropout: float) -> list[Layer]:
+    """Two convolution blocks, a dense layer of 1024, the classes: 33.57 million parameters."""
+    features = (bins // 4) ** 2 * filters
+    return [
+        *_convolutions(make, filters, dropout),
         make.dense("dense1", features, hidden),
         ReLU(make.k),
         make.dropout(dropout),
@@ -75,17 +82,9 @@ def _lstm(make: "Maker", filters: int, hidden: int, bins: int, classes: int, dro
 def _tdcnn(make: "Maker", filters: int, hidden: int, bins: int, classes: int, dropout: float) -> list[Layer]:
     """The two blocks for each of 4 overlapping windows, then two LSTM layers of 1024: 146.8 million parameters."""
     features = (bins // 4) ** 2 * filters
-    blocks = [
-        AddChannel(),
-        make.conv("conv1", 1, filters),
-        make.dropout(dropout),
-        make.conv("conv2", filters, filters),
-        make.dropout(dropout),
-        Flatten(),
-    ]
     return [
         Windows(bins, WINDOW_HOP, WINDOWS),
-        TimeDistributed(blocks),
+        TimeDistributed(_convolutions(make, filters, dropout)),
         make.lstm("lstm1", features, hidden),
         make.lstm("lstm2", hidden, hidden),
         LastStep(),
