@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from npser.cli import Parser, machine, run, versions
-from npser.errors import UserError
+from npser.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
     from npser.corpus import Corpus
-    from npser.crossval import Settings
+    from npser.crossval import Frames, Settings
     from npser.progress import Progress
     from npser.runfolder import RunFolder
 
@@ -224,8 +224,14 @@ def _settings(config: dict[str, Any]) -> "Settings":
     return Settings(**{name: config[name] for name in names}, clip_norm=config["optimiser"]["clip_norm"])
 
 
-def _introduce(config: dict[str, Any], corpus: "Corpus", seconds: float, parameters: int, plan: str) -> None:
+def _introduce(config: dict[str, Any], corpus: "Corpus", frames: "Frames", plan: str) -> None:
     """The first lines: what will be run, and on what."""
+    from npser.corpus import SAMPLE_RATE
+    from npser.features import HOP
+    from npser.models import parameter_count
+
+    seconds = sum(map(len, frames)) * HOP / SAMPLE_RATE
+    parameters = parameter_count(config["arch"], len(corpus.labels))
     source = "the built-in, generated demonstration corpus" if corpus.name == "demo" else f"corpus {corpus.name}"
     known = [s for s in corpus.speakers if s]
     by = f" by {len(known)} speakers" if known else ""
@@ -257,7 +263,7 @@ def _warn_of_compilation(backend: str, progress: "Progress") -> None:
 def _cross_validate(options: argparse.Namespace, corpus: "Corpus", config: dict[str, Any]) -> int:
     from npser.crossval import make_folds, run_fold, training_steps
     from npser.frontend import read_frames
-    from npser.models import input_frames, parameter_count
+    from npser.models import input_frames
     from npser.progress import Progress
     from npser.report import render_text
 
@@ -276,13 +282,7 @@ def _cross_validate(options: argparse.Namespace, corpus: "Corpus", config: dict[
     waiting = [fold for fold in chosen if (fold.repeat, fold.number) not in finished]
     steps = {f.name: training_steps(frames, corpus.targets, f.train, length, settings) for f in waiting}
     total = sum(steps.values())
-    _introduce(
-        config,
-        corpus,
-        sum(map(len, frames)) * 0.008,
-        parameter_count(config["arch"], len(corpus.labels)),
-        _plan(config, options, len(chosen), len(waiting), total, folder),
-    )
+    _introduce(config, corpus, frames, _plan(config, options, len(chosen), len(waiting), total, folder))
     progress = Progress(total)
     if waiting:
         _warn_of_compilation(config["backend"], progress)
@@ -328,7 +328,7 @@ def _fit_everything(options: argparse.Namespace, corpus: "Corpus", config: dict[
 
     from npser.crossval import train_on, training_steps
     from npser.frontend import read_frames
-    from npser.models import input_frames, parameter_count
+    from npser.models import input_frames
     from npser.progress import Progress
     from npser.trainer import Checkpoint
 
@@ -345,8 +345,7 @@ def _fit_everything(options: argparse.Namespace, corpus: "Corpus", config: dict[
         f"one model on everything, {config['epochs']} epochs of windows {config['segment_hop']} frames apart, "
         f"batches of {config['batch_size']}; {total} updates to do; the model goes to {path}"
     )
-    parameters = parameter_count(config["arch"], len(corpus.labels))
-    _introduce(config, corpus, sum(map(len, frames)) * 0.008, parameters, plan)
+    _introduce(config, corpus, frames, plan)
     progress = Progress(total)
     _warn_of_compilation(config["backend"], progress)
     progress.begin_fold("all data", total)
@@ -357,7 +356,10 @@ def _fit_everything(options: argparse.Namespace, corpus: "Corpus", config: dict[
         frames, corpus.targets, everything, len(corpus.labels), settings, words, progress, checkpoint
     )
     model.labels, model.training = corpus.labels, {**config, "machine": machine()}
-    model.save(path)
+    try:
+        model.save(path)
+    except OSError as error:
+        raise RunFailed(f"--save {path}: cannot be written ({error.strerror})") from error
     checkpoint_path.unlink(missing_ok=True)
     print(
         f"saved {path}: training accuracy of the last epoch {100 * epochs[-1].accuracy:.1f} %, of windows, dropout on"

@@ -33,10 +33,11 @@ def _cache_folder() -> Path:
     """Where compiled kernels are kept: the user's cache folder (or NUMBA_CACHE_DIR), a folder per state of the sources.
 
     Numba looks at the date of the file that holds a function, not at what it calls; so the name hashes all sources of
-    this rung, and a changed helper never leaves a stale kernel behind. A read-only home falls back to the temporary
-    folder.
+    this rung, and the reference, whose constants they share: a changed helper never leaves a stale kernel behind. A
+    read-only home falls back to the temporary folder.
     """
-    sources = sorted(Path(__file__).parent.glob("*.py"))
+    here = Path(__file__).parent
+    sources = [here.parent / "reference.py", *sorted(here.glob("*.py"))]
     state = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
     roots = [
         os.environ.get("NUMBA_CACHE_DIR"),
