@@ -27,7 +27,7 @@ import kernels
 from kernels import cpu, reference
 from kernels.cpu import conv, elementwise, lstm, tools
 from kernels.cpu import matmul as matmul_module
-from kernels.cpu.matmul import BLOCK, COLUMNS, DOT_DEPTH, ROWS, matmul, matmul_transposed
+from kernels.cpu.matmul import BLOCK, COLUMNS, GROUP, ROWS, matmul, matmul_transposed
 from kernels.reference import DEAD
 
 HELPERS = {"reference": {"dropout_threshold", "hann"}, "cpu": {"cache_is_cold"}}  # public, but not operations
@@ -313,9 +313,7 @@ def test_relu_and_maxpool_are_exact(make, sizes):
 # --- dense -------------------------------------------------------------------------------------------------------
 
 # 1, just below and above a tile, around a cache block, and more than one block
-lengths = st.sampled_from(
-    [1, 2, ROWS - 1, ROWS + 1, COLUMNS - 1, COLUMNS + 1, 70, BLOCK - 1, BLOCK, 530, DOT_DEPTH + 5]
-)
+lengths = st.sampled_from([1, 2, ROWS - 1, ROWS + 1, COLUMNS - 1, COLUMNS + 1, 70, BLOCK - 1, BLOCK, 530, 1029])
 
 
 @few_examples

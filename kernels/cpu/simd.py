@@ -234,6 +234,13 @@ class Emitter:
         vector = value.get() if isinstance(value, Var) else value
         self.b.store(vector.ir, p.at(VEC), align=4)
 
+    def prefetch(self, p: Ptr) -> None:
+        """Ask for the cache line at p ahead of its use; any address is allowed."""
+        kinds = [ir.PointerType(I8), I32, I32, I32]
+        fetch = _function(self.b.module, ir.FunctionType(ir.VoidType(), kinds), "llvm.prefetch.p0")
+        read, keep, data = (ir.Constant(I32, n) for n in (0, 3, 1))
+        self.b.call(fetch, [p.at(I8), read, keep, data])
+
     def store_bytes(self, p: Bytes, value: IVec) -> None:
         """Store the lowest byte of every lane: LANES bytes."""
         small = ir.VectorType(I8, LANES)
