@@ -27,7 +27,7 @@ import kernels
 from kernels import cpu, reference
 from kernels.cpu import conv, elementwise, lstm, tools
 from kernels.cpu import matmul as matmul_module
-from kernels.cpu.matmul import BLOCK, COLUMNS, GROUP, ROWS, matmul, matmul_transposed
+from kernels.cpu.matmul import BLOCK, COLUMNS, ROWS, matmul, matmul_transposed
 from kernels.reference import DEAD
 
 HELPERS = {"reference": {"dropout_threshold", "hann"}, "cpu": {"cache_is_cold"}}  # public, but not operations

@@ -1,22 +1,14 @@
 """Every operation of `kernels.reference` for the CPU: Numba, float32, vector micro-kernels in the hot loops.
 
-simd.py is the vector language the kernels are written in; conv.py, matmul.py, dense.py, lstm.py and elementwise.py
-hold the operations, each with its floor; tools.py the compiler's settings and its cache.
+simd.py is the vector language the kernels are written in; conv.py, conv_backward.py, pool.py, matmul.py, dense.py,
+lstm.py and elementwise.py hold the operations, each with its floor; tools.py the compiler's settings and its cache.
 
 Operands may have any strides (they are made contiguous); they must be float32, or a TypeError names the one that is
 not. What is changed in place (w and v of an update) must be C-contiguous.
 """
 
-from kernels.cpu.conv import (
-    conv3x3_backward,
-    conv3x3_forward,
-    conv_relu_pool_backward,
-    conv_relu_pool_forward,
-    maxpool2x2_backward,
-    maxpool2x2_forward,
-    relu_backward,
-    relu_forward,
-)
+from kernels.cpu.conv import conv3x3_forward, conv_relu_pool_forward
+from kernels.cpu.conv_backward import conv3x3_backward, conv_relu_pool_backward
 from kernels.cpu.dense import (
     dense_backward_bias,
     dense_backward_input,
@@ -25,8 +17,17 @@ from kernels.cpu.dense import (
     dense_update_weights,
     sgd_update,
 )
-from kernels.cpu.elementwise import cross_entropy_backward, cross_entropy_forward, dropout, dropout_key, softmax
+from kernels.cpu.elementwise import (
+    cross_entropy_backward,
+    cross_entropy_forward,
+    dropout,
+    dropout_key,
+    relu_backward,
+    relu_forward,
+    softmax,
+)
 from kernels.cpu.lstm import lstm_backward, lstm_forward
+from kernels.cpu.pool import maxpool2x2_backward, maxpool2x2_forward
 from kernels.cpu.stft import stft_magnitude_backward, stft_magnitude_forward
 from kernels.cpu.tools import cache_is_cold
 

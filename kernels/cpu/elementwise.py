@@ -1,6 +1,6 @@
-"""Dropout and the softmax cross-entropy on the CPU.
+"""Dropout, ReLU and the softmax cross-entropy on the CPU.
 
-Dropout's floor is memory: 8 bytes per element; the mask costs two hashes, computed in vectors. The softmax is over a
+The floor is memory: 8 bytes per element. Dropout's mask costs two hashes, computed in vectors. The softmax is over a
 handful of classes and takes no time that matters; it is the reference's own code, in float32.
 """
 
@@ -8,10 +8,18 @@ import numba as nb
 import numpy as np
 
 from kernels import reference
-from kernels.cpu.tools import Array, as_float32, compiled
+from kernels.cpu.tools import Array, as_float32, check_shapes, compiled
 from kernels.reference import cross_entropy_backward, cross_entropy_forward, dropout_key, softmax
 
-__all__ = ["cross_entropy_backward", "cross_entropy_forward", "dropout", "dropout_key", "softmax"]
+__all__ = [
+    "cross_entropy_backward",
+    "cross_entropy_forward",
+    "dropout",
+    "dropout_key",
+    "relu_backward",
+    "relu_forward",
+    "softmax",
+]
 
 
 @compiled
@@ -36,3 +44,32 @@ def dropout(x: Array, rate: float, key: tuple[int, int]) -> Array:
     threshold, scale = np.uint32(reference.dropout_threshold(rate)), np.float32(1 / (1 - rate))
     _dropout(x.reshape(-1), y.reshape(-1), np.uint32(key[0]), np.uint32(key[1]), threshold, scale)
     return y
+
+
+@compiled(parallel=True)
+def _relu(x: Array, y: Array) -> None:
+    for i in nb.prange(x.size):
+        y[i] = np.float32(0) if x[i] < 0 else x[i]
+
+
+@compiled(parallel=True)
+def _relu_gradient(dy: Array, y: Array, dx: Array) -> None:
+    for i in nb.prange(y.size):
+        dx[i] = dy[i] if y[i] > 0 else np.float32(0)
+
+
+def relu_forward(x: Array) -> Array:
+    """See `kernels.reference.relu_forward`."""
+    (x,) = as_float32(x=x)
+    y = np.empty_like(x)
+    _relu(x.ravel(), y.ravel())
+    return y
+
+
+def relu_backward(dy: Array, y: Array) -> Array:
+    """See `kernels.reference.relu_backward`."""
+    dy, y = as_float32(dy=dy, y=y)
+    check_shapes(y=(y, dy.shape))
+    dx = np.empty_like(dy)
+    _relu_gradient(dy.ravel(), y.ravel(), dx.ravel())
+    return dx

@@ -3,11 +3,11 @@
 Why not BLAS: on two cores, its threads and Numba's take turns at spinning on the core that the other needs, which cost
 factors, and no BLAS applies an SGD update to a product that is still in registers.
 
-The scheme is Goto's. A tile of ROWS x VECS vectors of the result stays in registers while a column of ROWS numbers of A,
-each spread over a vector, meets a row of VECS vectors of B, column after row. What is read many times is packed: copied
-once to *panels* that hold the numbers in the order of their use, padded with zeros to whole tiles, so that no loop over
-odd sizes is left. A panel of B stays in the first-level cache, a block of A in the second. Every task owns a block of
-the result and sums over k in one fixed order: the result does not depend on the number of threads.
+The scheme is Goto's. A tile of ROWS x VECS vectors of the result stays in registers while a column of ROWS numbers of
+A, each spread over a vector, meets a row of VECS vectors of B, column after row. What is read many times is packed:
+copied once to *panels* that hold the numbers in the order of their use, padded with zeros to whole tiles, so that no
+loop over odd sizes is left. A panel of B stays in the first-level cache, a block of A in the second. Every task owns a
+block of the result and sums over k in one fixed order: the result does not depend on the number of threads.
 
     matmul              a b        a packed whole, b block by block on its way through the cache
     matmul_transposed   a b^T      the larger operand is read where it lies, row by row; the smaller is packed
@@ -24,7 +24,7 @@ import numba as nb
 import numpy as np
 
 from kernels.cpu.simd import LANES, REGISTERS, Emitter, Int, Ptr, kernel
-from kernels.cpu.tools import Array, compiled, round_up, thread_id
+from kernels.cpu.tools import Array, compiled, round_up, scratch, thread_id
 
 ROWS = 8 if REGISTERS == 32 else 6
 VECS = 2
@@ -185,7 +185,7 @@ def _pack_transposed_columns(b: Array, packed: Array) -> None:
 
 
 def _panels(columns: int, depth: int) -> Array:
-    return np.empty((-(-columns // COLUMNS), depth, COLUMNS), np.float32)
+    return scratch(-(-columns // COLUMNS), depth, COLUMNS)
 
 
 # --- a b ---------------------------------------------------------------------------------------------------------
@@ -224,7 +224,7 @@ def matmul(a: Array, b: Array, bias: Array | None = None) -> Array:
     start = np.zeros(c.shape[1], np.float32)
     if bias is not None:
         start[:N] = bias
-    panels = np.empty((nb.get_num_threads(), BLOCK // COLUMNS, BLOCK, COLUMNS), np.float32)
+    panels = scratch(nb.get_num_threads(), BLOCK // COLUMNS, BLOCK, COLUMNS)
     _multiply(_packed_rows(a), b, start, panels, c)
     return np.ascontiguousarray(c[:M, :N])
 
@@ -281,7 +281,7 @@ def matmul_transposed(a: Array, b: Array) -> Array:
     packed = _panels(len(others), a.shape[1])
     _pack_transposed_columns(others, packed)
     padded = _whole_tiles(rows)
-    blocks = np.empty((nb.get_num_threads(), GROUP, len(packed) * COLUMNS), np.float32)
+    blocks = scratch(nb.get_num_threads(), GROUP, len(packed) * COLUMNS)
     c = np.empty((len(others), len(padded)) if swap else (len(padded), len(others)), np.float32)
     _multiply_rows(padded, packed, swap, blocks, c)
     return np.ascontiguousarray(c[: len(a), : len(b)])

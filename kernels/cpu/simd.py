@@ -241,6 +241,10 @@ class Emitter:
         read, keep, data = (ir.Constant(I32, n) for n in (0, 3, 1))
         self.b.call(fetch, [p.at(I8), read, keep, data])
 
+    def store_float(self, p: Ptr, value: Vec) -> None:
+        """Store the first lane alone."""
+        self.b.store(self.b.extract_element(value.ir, ir.Constant(I32, 0)), p.at(F32), align=4)
+
     def store_bytes(self, p: Bytes, value: IVec) -> None:
         """Store the lowest byte of every lane: LANES bytes."""
         small = ir.VectorType(I8, LANES)

@@ -21,6 +21,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 thread_id: Any = nb.np.ufunc.parallel.get_thread_id
 """The number of the thread at work, inside compiled code."""
 
+LINE = 64  # bytes of a cache line
+
 PARTS = 16
 """Weight gradients are summed in this many parts, whatever the number of threads, so that the result does not depend
 on it."""
@@ -92,6 +94,14 @@ def as_places(argmax: NDArray[Any]) -> NDArray[np.uint8]:
     if argmax.dtype != np.uint8:
         raise TypeError(f"argmax holds places as uint8, not {argmax.dtype}")
     return np.ascontiguousarray(argmax)
+
+
+def scratch(*shape: int) -> Array:
+    """An uninitialised array that begins on a cache line, so that no vector of it lies on two."""
+    size = 4 * int(np.prod(shape))
+    memory = np.empty(size + LINE, np.uint8)
+    first = -memory.ctypes.data % LINE
+    return memory[first : first + size].view(np.float32).reshape(shape)
 
 
 def check_in_place(**operands: NDArray[Any]) -> None:

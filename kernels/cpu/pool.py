@@ -1,0 +1,54 @@
+"""2x2 max-pooling on its own; in the networks it is fused with the convolution (conv.py)."""
+
+import numba as nb
+import numpy as np
+from numpy.typing import NDArray
+
+from kernels.cpu.tools import Array, as_float32, as_places, check_shapes, compiled
+from kernels.reference import DEAD
+
+
+@compiled(parallel=True)
+def _maxpool(x: Array, y: Array, argmax: NDArray[np.uint8]) -> None:
+    B, P, Q, C = y.shape
+    for n in nb.prange(B):
+        for p in range(P):
+            for q in range(Q):
+                for c in range(C):
+                    best, place = x[n, 2 * p, 2 * q, c], 0
+                    for m in range(1, 4):
+                        value = x[n, 2 * p + m // 2, 2 * q + m % 2, c]
+                        if value > best or (value != value and best == best):
+                            best, place = value, m
+                    y[n, p, q, c], argmax[n, p, q, c] = best, place
+
+
+@compiled(parallel=True)
+def _maxpool_gradient(dy: Array, argmax: NDArray[np.uint8], dx: Array) -> None:
+    B, P, Q, C = dy.shape
+    for n in nb.prange(B):
+        for p in range(P):
+            for q in range(Q):
+                for c in range(C):
+                    place = argmax[n, p, q, c]
+                    if place < DEAD:
+                        dx[n, 2 * p + place // 2, 2 * q + place % 2, c] = dy[n, p, q, c]
+
+
+def maxpool2x2_forward(x: Array) -> tuple[Array, NDArray[np.uint8]]:
+    """See `kernels.reference.maxpool2x2_forward`."""
+    (x,) = as_float32(x=x)
+    B, T, F, C = x.shape
+    y = np.empty((B, T // 2, F // 2, C), np.float32)
+    argmax = np.empty(y.shape, np.uint8)
+    _maxpool(x, y, argmax)
+    return y, argmax
+
+
+def maxpool2x2_backward(dy: Array, argmax: NDArray[np.uint8], x_shape: tuple[int, ...]) -> Array:
+    """See `kernels.reference.maxpool2x2_backward`."""
+    (dy,) = as_float32(dy=dy)
+    dx = np.zeros(x_shape, np.float32)
+    check_shapes(dy=(dy, (x_shape[0], x_shape[1] // 2, x_shape[2] // 2, x_shape[3])), argmax=(argmax, dy.shape))
+    _maxpool_gradient(dy, as_places(argmax), dx)
+    return dx
