@@ -15,13 +15,14 @@ from typing import Any
 import numba as nb
 import numpy as np
 
+from kernels.cpu.matmul import COLUMNS, VECS, transposed_panels
 from kernels.cpu.simd import LANES, REGISTERS, Emitter, Int, Ptr, kernel, sigmoid, tanh
-from kernels.cpu.tools import Array, as_float32, check_shapes, compiled, round_up
+from kernels.cpu.tools import Array, as_float32, check_shapes, compiled, round_up, scratch
 
 ROWS = 4 if REGISTERS == 32 else 2  # sequences in a forward tile: 4 * ROWS accumulators
 BACK_ROWS = 8 if REGISTERS == 32 else 4  # sequences in a backward tile: BACK_VECS * BACK_ROWS accumulators
-BACK_VECS = 2
-UNITS = BACK_VECS * LANES  # hidden units come in whole groups of this size
+BACK_VECS = VECS
+UNITS = COLUMNS  # hidden units come in whole groups of this size
 
 
 # --- forward -----------------------------------------------------------------------------------------------------
@@ -58,6 +59,17 @@ def _step_tile(rows: int) -> Any:
 
 
 step_many, step_one = _step_tile(ROWS), _step_tile(1)
+
+
+@compiled(parallel=True)
+def _pack_gates(wh: Array, packed: Array) -> None:
+    """packed (H/LANES, H, 4, LANES) from wh (H, 4H): what LANES units need for all four gates, side by side."""
+    groups, H = packed.shape[:2]
+    for group in nb.prange(groups):
+        for i in range(H):
+            for g in range(4):
+                for x in range(LANES):
+                    packed[group, i, g, x] = wh[i, g * H + group * LANES + x]
 
 
 @compiled(parallel=True)
@@ -201,7 +213,8 @@ def lstm_forward(z: Array, wh: Array) -> tuple[Array, Array, Array]:
     units = round_up(H, UNITS)
     z = _pad_gates(z, H, units)
     square = _pad_units(_pad_gates(wh, H, units), units, axis=0)
-    packed = np.ascontiguousarray(square.reshape(units, 4, units // LANES, LANES).transpose(2, 0, 1, 3))
+    packed = scratch(units // LANES, units, 4, LANES)
+    _pack_gates(square, packed)
     h, c = np.empty((B, T, units), np.float32), np.empty((B, T, units), np.float32)
     gates = np.empty_like(z)
     _forward(z, packed, np.zeros(B * T * units, np.float32), h, c, gates, nb.get_num_threads())
@@ -215,7 +228,7 @@ def lstm_backward(dh: Array, gates: Array, c: Array, wh: Array) -> Array:
     check_shapes(gates=(gates, (B, T, 4 * H)), c=(c, dh.shape), wh=(wh, (H, 4 * H)))
     units = round_up(H, UNITS)
     square = _pad_units(_pad_gates(wh, H, units), units, axis=0)
-    wh_t = np.ascontiguousarray(square.reshape(units // UNITS, UNITS, 4 * units).transpose(0, 2, 1))
+    wh_t = transposed_panels(square)
     gates = _pad_gates(gates, H, units)
     dz = np.empty_like(gates)
     start = np.zeros((2, B, units), np.float32)

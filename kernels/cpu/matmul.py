@@ -188,6 +188,13 @@ def _panels(columns: int, depth: int) -> Array:
     return scratch(-(-columns // COLUMNS), depth, COLUMNS)
 
 
+def transposed_panels(b: Array) -> Array:
+    """(N/COLUMNS, K, COLUMNS) of b^T, where b is (N, K)."""
+    packed = _panels(len(b), b.shape[1])
+    _pack_transposed_columns(b, packed)
+    return packed
+
+
 # --- a b ---------------------------------------------------------------------------------------------------------
 
 
@@ -278,8 +285,7 @@ def matmul_transposed(a: Array, b: Array) -> Array:
     """a b^T, float32, both contiguous: a (M, K), b (N, K) -> (M, N)."""
     swap = len(b) > len(a)
     rows, others = (b, a) if swap else (a, b)
-    packed = _panels(len(others), a.shape[1])
-    _pack_transposed_columns(others, packed)
+    packed = transposed_panels(others)
     padded = _whole_tiles(rows)
     blocks = scratch(nb.get_num_threads(), GROUP, len(packed) * COLUMNS)
     c = np.empty((len(others), len(padded)) if swap else (len(padded), len(others)), np.float32)
