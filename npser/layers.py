@@ -86,11 +86,19 @@ class LSTM(Layer):
         self.params = {f"{name}.wx": wx, f"{name}.wh": wh, f"{name}.b": b}
 
     def forward(self, x: Array, n: int | None) -> Array:
-        wx, wh, b = self.params.values()
-        B, T, I = x.shape
-        z = self.k.dense_forward(x.reshape(B * T, I), wx, b).reshape(B, T, -1)
-        self.h, self.c, self.gates = self.k.lstm_forward(z, wh)
         self.x = x
+        B, T, I = x.shape
+        return self.recur(self.project(x.reshape(B * T, I)).reshape(B, T, -1))
+
+    def project(self, x: Array) -> Array:
+        """What the inputs add to the gates, of all time steps at once: (rows, I) -> (rows, 4H)."""
+        wx, _, b = self.params.values()
+        return self.k.dense_forward(x, wx, b)
+
+    def recur(self, z: Array) -> Array:
+        """The walk through time: (B, T, 4H) from `project` -> (B, T, H)."""
+        _, wh, _ = self.params.values()
+        self.h, self.c, self.gates = self.k.lstm_forward(z, wh)
         return self.h
 
     def backward(self, dy: Array, sink: Sink, need_dx: bool) -> Array | None:
@@ -217,14 +225,18 @@ class Sequential(Layer):
         return gradient
 
 
-class TimeDistributed(Sequential):
-    """The same layers, with the same weights, for each of the W windows of a sample: (B, W, ...) -> (B, W, ...)."""
+class TimeDistributed(Layer):
+    """The same layer, with the same weights, for each of the W windows of a sample: (B, W, ...) -> (B, W, ...)."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+        self.params = layer.params
 
     def forward(self, x: Array, n: int | None) -> Array:
         self.leading = x.shape[:2]
-        y = super().forward(x.reshape(-1, *x.shape[2:]), n)
+        y = self.layer.forward(x.reshape(-1, *x.shape[2:]), n)
         return y.reshape(*self.leading, *y.shape[1:])
 
     def backward(self, dy: Array, sink: Sink, need_dx: bool) -> Array | None:
-        dx = super().backward(dy.reshape(-1, *dy.shape[2:]), sink, need_dx)
+        dx = self.layer.backward(dy.reshape(-1, *dy.shape[2:]), sink, need_dx)
         return dx.reshape(*self.leading, *dx.shape[1:]) if dx is not None else None

@@ -44,23 +44,25 @@ FILE_FORMAT = 1
 # --- the three networks ------------------------------------------------------------------------------------------
 
 
-def _convolutions(make: "Maker", filters: int, dropout: float) -> list[Layer]:
-    """(B, bins, bins) -> (B, (bins/4)^2 * filters): the two convolution blocks that cnn and tdcnn begin with."""
-    return [
-        AddChannel(),
-        make.conv("conv1", 1, filters),
-        make.dropout(dropout),
-        make.conv("conv2", filters, filters),
-        make.dropout(dropout),
-        Flatten(),
-    ]
+def _convolutions(make: "Maker", filters: int, dropout: float) -> Sequential:
+    """(B, T, bins) -> (B, T/4 * bins/4 * filters): the two convolution blocks that cnn and tdcnn begin with."""
+    return Sequential(
+        [
+            AddChannel(),
+            make.conv("conv1", 1, filters),
+            make.dropout(dropout),
+            make.conv("conv2", filters, filters),
+            make.dropout(dropout),
+            Flatten(),
+        ]
+    )
 
 
 def _cnn(make: "Maker", filters: int, hidden: int, bins: int, classes: int, dropout: float) -> list[Layer]:
     """Two convolution blocks, a dense layer of 1024, the classes: 33.57 million parameters."""
     features = (bins // 4) ** 2 * filters
     return [
-        *_convolutions(make, filters, dropout),
+        _convolutions(make, filters, dropout),
         make.dense("dense1", features, hidden),
         ReLU(make.k),
         make.dropout(dropout),

@@ -27,7 +27,7 @@ Floats = NDArray[np.float64]
 
 SEED = 2016
 SPEAKERS = 10
-TAKES = 4
+TAKES = 6
 HOP = 128  # samples between two control points (8 ms)
 WINDOW = 2 * HOP  # samples that one setting of the vocal tract filters; two overlap
 FFT = 512  # leaves room for the ringing of the formants
@@ -69,13 +69,13 @@ class Style:
 STYLES = {
     # pitch, accent, glide, rate, attack, release, dip, pause, level, tilt, breath, vowels;
     # then, where they are out of the ordinary, jitter, tremor, shake, creak
-    "neutral": Style( 0.0, 0.8,  (0, 0, -0.5), 4.0, 0.030, 0.05, 0.35, 0.04,  0.0,  0.4, 1.0, 0.6),
-    "anger":   Style( 2.5, 2.5,  (4, 0, -5.0), 7.5, 0.005, 0.08, 0.02, 0.02,  4.5, -2.6, 1.0, 0.9, jitter=0.1),
+    "neutral": Style( 0.0, 0.8,  (0, 0, -0.5), 4.0, 0.030, 0.05, 0.12, 0.04,  0.0,  0.4, 1.0, 0.6),
+    "anger":   Style( 2.5, 2.5,  (4, 0, -5.0), 7.5, 0.005, 0.08, 0.02, 0.02,  3.5, -2.0, 1.0, 0.9, jitter=0.1),
     "fear":    Style( 4.0, 1.5,  (0, 0,  0.0), 5.0, 0.020, 0.03, 0.60, 0.04, -2.6,  0.3, 4.2, 0.5, 0.05, 11, shake=1),
     "disgust": Style(-3.0, 1.0,  (1, 0, -3.0), 2.4, 0.005, 0.20, 0.02, 0.06,  0.5,  1.0, 0.6, 0.6, 0.03, creak=0.95),
-    "sadness": Style(-2.0, 0.7,  (1, 0, -3.0), 2.1, 0.150, 0.20, 0.05, 0.08, -4.4,  2.6, 3.5, 0.4, shake=0.1),
-    "boredom": Style(-2.5, 0.2,  (0, 0,  0.0), 1.8, 0.040, 0.05, 0.90, 0.03, -1.5,  1.1, 1.0, 0.2, jitter=0.005),
-    "happy":   Style( 4.0, 1.0, (-7, 7, -6.0), 4.4, 0.080, 0.08, 0.03, 0.02,  1.4, -0.7, 0.5, 0.9, jitter=0.005),
+    "sadness": Style(-2.0, 0.7,  (1, 0, -3.0), 2.1, 0.150, 0.20, 0.05, 0.08, -3.4,  2.0, 3.5, 0.4, shake=0.1),
+    "boredom": Style(-2.5, 0.2,  (0, 0,  0.0), 1.6, 0.060, 0.08, 0.95, 0.03, -1.5,  1.1, 1.0, 0.2, jitter=0.005),
+    "happy":   Style( 4.0, 1.0, (-7, 7, -6.0), 4.4, 0.080, 0.08, 0.03, 0.02,  1.4, -0.7, 0.5, 0.9, 0.005, 7, shake=0.8),
 }
 # fmt: on
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kernels.reference import Array
 from npser.errors import RunFailed
 from npser.features import WindowSet
 from npser.folds import random_oversampling
@@ -22,6 +23,7 @@ from npser.models import Model
 from npser.optim import SGD
 from npser.progress import Progress, duration
 from npser.runfolder import EpochResult
+from npser.scoring import score
 
 _OVERSAMPLING, _SHUFFLING = 1, 2  # last words of the generators' seeds: two unrelated streams
 
@@ -97,23 +99,24 @@ class Votes:
     majority: NDArray[np.int64]
 
 
-def evaluate(model: Model, windows: WindowSet) -> Votes:
-    """Score every window and gather the votes of each utterance (paper, decision per utterance).
+def vote(p: Array, owner: NDArray[np.intp]) -> Votes:
+    """Gather the votes of each utterance from its windows' probabilities (paper, decision per utterance).
 
-    By sum: the mean of the windows' probabilities. By majority: the class that most windows voted for; of equals the
-    one with the larger sum.
+    p (windows, K), owner (windows,): the utterance of each. By sum: the mean of the windows' probabilities. By
+    majority: the class that most windows voted for; of equals the one with the larger sum.
     """
-    numbers = np.arange(len(windows))
-    p = np.concatenate(
-        [model.predict_proba(windows.batch(part)) for part in np.array_split(numbers, -(-len(numbers) // 256))]
-    )
-    utterances, classes = len(windows.frames), p.shape[1]
+    utterances, classes = owner.max() + 1, p.shape[1]
     sums, ballots = np.zeros((utterances, classes)), np.zeros((utterances, classes))
-    np.add.at(sums, windows.owner, p.astype(np.float64))
-    np.add.at(ballots, (windows.owner, p.argmax(axis=1)), 1)
+    np.add.at(sums, owner, p.astype(np.float64))
+    np.add.at(ballots, (owner, p.argmax(axis=1)), 1)
     # The sum decides between equal counts: it is scaled below one ballot.
     majority = (ballots + sums / (1 + sums.sum(axis=1, keepdims=True))).argmax(axis=1)
     return Votes(sums / sums.sum(axis=1, keepdims=True), majority)
+
+
+def evaluate(model: Model, windows: WindowSet) -> Votes:
+    """Score every window, and let each utterance's windows vote."""
+    return vote(score(model, windows), windows.owner)
 
 
 class Checkpoint:

@@ -414,7 +414,8 @@ def test_dropout_depends_on_the_update_number_alone(arch):
 
 def test_dropout_layers_have_masks_of_their_own():
     model = small("cnn", dropout=0.5)
-    dropouts = [layer for layer in model.layers.layers if type(layer).__name__ == "Dropout"]
+    convolutions, *rest = model.layers.layers
+    dropouts = [layer for layer in [*convolutions.layers, *rest] if type(layer).__name__ == "Dropout"]
     ones = np.ones(64, np.float32)
     masks = [layer.forward(ones, 0) for layer in dropouts]
     assert len(masks) == 3  # after both poolings and after the dense layer

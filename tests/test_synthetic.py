@@ -59,8 +59,8 @@ def test_balance_names_and_labels(corpus):
     assert corpus.labels == PAPER_LABELS
     assert corpus.skipped == ()
     assert len(corpus.speakers) == 10
-    assert set(Counter((u.speaker, u.emotion) for u in corpus.utterances).values()) == {4}
-    assert len(corpus.utterances) == 280
+    assert set(Counter((u.speaker, u.emotion) for u in corpus.utterances).values()) == {6}
+    assert len(corpus.utterances) == 420
     names = [u.name for u in corpus.utterances]
     assert names == sorted(set(names))
     anger = next(u for u in corpus.utterances if u.name == "s03-anger-2.wav")
@@ -128,8 +128,8 @@ def test_means_alone_do_not_solve_it(corpus, recordings):
     assert 0.3 < uar < 0.7  # chance is 0.14
     shuffled = np.random.default_rng(1).permutation(corpus.targets)
     chance = centroid_uar(features, shuffled, np.random.default_rng(0))
-    # Four standard deviations of a binomial proportion, n = 280 and p = 1/7.
-    assert abs(chance - 1 / 7) < 4 * np.sqrt(1 / 7 * 6 / 7 / 280)
+    # Four standard deviations of a binomial proportion, n = 420 and p = 1/7.
+    assert abs(chance - 1 / 7) < 4 * np.sqrt(1 / 7 * 6 / 7 / 420)
 
 
 def test_filter_follows_the_formants():

@@ -1,0 +1,119 @@
+"""Scoring recordings: the windows of one recording overlap, and what they have in common is computed once.
+
+A window's answer is that of `Model.predict_proba`, within rounding, but
+
+- the convolution blocks run over the whole recording, where the windows begin a multiple of 4 frames apart: two
+  poolings make 4 frames one row, so that the maps of two windows are slices of one map. Only the first and the last
+  row of a window differ, because the window ends in zeros there; they are computed from its outer 8 frames;
+- what an input adds to the gates of the first LSTM layer is computed once for each frame (lstm) or each window of 128
+  frames (tdcnn, where one window is part of up to four samples).
+
+At a segment hop of 8 frames a window of cnn needs a fifth of the convolutions (its dense layer remains), and a sample
+of tdcnn a quarter of everything. Dropout is off, so nothing but rounding tells the two ways apart.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kernels.reference import Array
+from npser.features import WindowSet
+from npser.layers import LSTM, Layer, Sequential, TimeDistributed
+from npser.models import WINDOW_HOP, WINDOWS, Model
+
+TOGETHER = 256  # windows whose features are in memory at once: 34 MB at the paper's sizes
+ROW = 4  # frames in a row of the map behind both poolings
+EDGE = 8  # frames that decide the outermost row of a window
+
+Indices = NDArray[np.intp]
+
+
+def score(model: Model, windows: WindowSet) -> Array:
+    """Class probabilities (len(windows), K) of all windows, in their order."""
+    logits, group, count = [], [], 0
+    for piece in _pieces(windows):
+        group.append(piece)
+        count += len(piece[1])
+        if count >= TOGETHER:
+            logits.append(_SCORERS[model.arch](model, group))
+            group, count = [], 0
+    if group:
+        logits.append(_SCORERS[model.arch](model, group))
+    return model.k.softmax(np.concatenate(logits))
+
+
+Piece = tuple[Array, Indices]  # consecutive frames of a recording, and where windows begin among them
+
+
+def _pieces(windows: WindowSet) -> Iterator[Piece]:
+    """The recordings of a set, long ones cut so that no piece has more than TOGETHER windows."""
+    for number, frames in enumerate(windows.frames):
+        starts = windows.start[windows.owner == number]
+        for at in range(0, len(starts), TOGETHER):
+            part = starts[at : at + TOGETHER]
+            yield frames[part[0] : part[-1] + windows.length], part - part[0]
+
+
+# --- the three networks ------------------------------------------------------------------------------------------
+
+
+def _cnn(model: Model, group: Sequence[Piece]) -> Array:
+    convolutions, *rest = model.layers.layers
+    x = np.concatenate([_features(convolutions, frames, starts, model.input_frames) for frames, starts in group])
+    return Sequential(rest).forward(x, None)
+
+
+def _lstm(model: Model, group: Sequence[Piece]) -> Array:
+    first, *rest = model.layers.layers
+    assert isinstance(first, LSTM)
+    z = first.project(np.concatenate([frames for frames, _ in group]))
+    before = np.cumsum([0] + [len(frames) for frames, _ in group])
+    starts = np.concatenate([starts + offset for (_, starts), offset in zip(group, before, strict=False)])
+    return Sequential(rest).forward(first.recur(z[starts[:, None] + np.arange(model.input_frames)]), None)
+
+
+def _tdcnn(model: Model, group: Sequence[Piece]) -> Array:
+    _, blocks, first, *rest = model.layers.layers
+    assert isinstance(blocks, TimeDistributed)
+    assert isinstance(first, LSTM)
+    length = model.settings["bins"]
+    x, places, before = [], [], 0
+    for frames, starts in group:
+        windows = starts[:, None] + WINDOW_HOP * np.arange(WINDOWS)
+        distinct, place = np.unique(windows, return_inverse=True)
+        x.append(_features(blocks.layer, frames, distinct, length))
+        places.append(place.reshape(windows.shape) + before)
+        before += len(distinct)
+    z = first.project(np.concatenate(x))
+    return Sequential(rest).forward(first.recur(z[np.concatenate(places)]), None)
+
+
+_SCORERS = {"cnn": _cnn, "lstm": _lstm, "tdcnn": _tdcnn}
+
+
+# --- convolutions that windows share -----------------------------------------------------------------------------
+
+
+def _features(convolutions: Layer, frames: Array, starts: Indices, length: int) -> Array:
+    """The output of the convolution blocks for each window of `length` frames: (N, bins), (W,) -> (W, features)."""
+    if length % ROW or length < EDGE:
+        return convolutions.forward(frames[starts[:, None] + np.arange(length)], None)
+    rows = length // ROW
+    x: Array | None = None
+    for phase in np.unique(starts % ROW):
+        which = np.flatnonzero(starts % ROW == phase)
+        begins = starts[which]
+        whole = frames[phase : begins[-1] + length]
+        maps = convolutions.forward(whole[None], None).reshape(len(whole) // ROW, -1)  # (rows of the piece, features)
+        if x is None:
+            x = np.empty((len(starts), rows, maps.shape[1]), maps.dtype)
+        first, last = (
+            convolutions.forward(frames[at[:, None] + np.arange(EDGE)], None).reshape(len(at), EDGE // ROW, -1)
+            for at in (begins, begins + length - EDGE)
+        )
+        for i, row in zip(which, (begins - phase) // ROW, strict=True):
+            x[i] = maps[row : row + rows]
+        x[which, 0], x[which, -1] = first[:, 0], last[:, -1]
+    assert x is not None  # there is a window
+    return x.reshape(len(starts), -1)
