@@ -36,38 +36,47 @@ GROUP = 8 * ROWS  # rows of a task where the rows are those of a layer's weights
 # --- tiles -------------------------------------------------------------------------------------------------------
 
 
-def _accumulate(k: Emitter, a: Ptr, a_row: Int | int, a_next: Int | int, b: Ptr, depth: Int) -> list[list[Any]]:
-    """ROWS x VECS accumulators: the sum over `depth` of a column of a times a row of the panel b.
+def _accumulate(
+    k: Emitter, acc: list[list[Any]], a: Ptr, a_row: Int | int, a_next: Int | int, b: Ptr, depth: Int
+) -> None:
+    """Add to ROWS x VECS accumulators the sum over `depth` of a column of a times a row of the panel b.
 
     a_row leads from row to row of a, a_next from column to column.
     """
-    acc = [[k.var(0.0) for _ in range(VECS)] for _ in range(ROWS)]
     for i in k.range(depth):
         bs = [k.load(b + i * COLUMNS + LANES * v) for v in range(VECS)]
         for r in range(ROWS):
             x = k.splat(a + i * a_next + a_row * r)
             for v in range(VECS):
                 acc[r][v] += x * bs[v]
-    return acc
 
 
-def _add(k: Emitter, c: Ptr, c_row: Int, acc: list[list[Any]]) -> None:
+def _tile(k: Emitter, p: Ptr, row: Int) -> list[list[Any]]:
+    return [[k.var(k.load(p + row * r + LANES * v)) for v in range(VECS)] for r in range(ROWS)]
+
+
+def _store(k: Emitter, p: Ptr, row: Int, acc: list[list[Any]]) -> None:
     for r in range(ROWS):
         for v in range(VECS):
-            at = c + c_row * r + LANES * v
-            k.store(at, k.load(at) + acc[r][v].get())
+            k.store(p + row * r + LANES * v, acc[r][v])
 
 
 @kernel
-def add_product(k: Emitter, a: Ptr, b: Ptr, depth: Int, c: Ptr, c_row: Int) -> None:
-    """c += a b for one tile; a is packed."""
-    _add(k, c, c_row, _accumulate(k, a, 1, ROWS, b, depth))
+def add_product(k: Emitter, a: Ptr, b: Ptr, depth: Int, before: Ptr, before_row: Int, c: Ptr, c_row: Int) -> None:
+    """c = before + a b for one tile; a is packed. The sum goes on where `before` is c, or starts with a bias."""
+    acc = _tile(k, before, before_row)
+    _accumulate(k, acc, a, 1, ROWS, b, depth)
+    _store(k, c, c_row, acc)
 
 
 @kernel
-def add_product_of_rows(k: Emitter, a: Ptr, a_row: Int, b: Ptr, depth: Int, c: Ptr, c_row: Int) -> None:
-    """c += a b for one tile; the rows of a lie as they are, a_row numbers apart."""
-    _add(k, c, c_row, _accumulate(k, a, a_row, 1, b, depth))
+def add_product_of_rows(
+    k: Emitter, a: Ptr, a_row: Int, b: Ptr, depth: Int, before: Ptr, before_row: Int, c: Ptr, c_row: Int
+) -> None:
+    """c = before + a b for one tile; the rows of a lie as they are, a_row numbers apart."""
+    acc = _tile(k, before, before_row)
+    _accumulate(k, acc, a, a_row, 1, b, depth)
+    _store(k, c, c_row, acc)
 
 
 @kernel
@@ -82,7 +91,8 @@ def update_product(
     for at in places:
         k.prefetch(w + at + COLUMNS)
         k.prefetch(velocity + at + COLUMNS)
-    acc = _accumulate(k, a, 1, ROWS, b, depth)
+    acc = [[k.var(0.0) for _ in range(VECS)] for _ in range(ROWS)]
+    _accumulate(k, acc, a, 1, ROWS, b, depth)
     rate, keep = k.splat(lr), k.splat(momentum)
     for at, gradient in zip(places, [acc[r][v] for r in range(ROWS) for v in range(VECS)], strict=True):
         step = keep * k.load(velocity + at) - rate * gradient.get()
@@ -209,18 +219,17 @@ def _multiply(a: Array, b: Array, bias: Array, panels: Array, c: Array) -> None:
     for task in nb.prange(row_blocks * column_blocks):
         first_tile, n0 = task % row_blocks * tiles_per_block, task // row_blocks * BLOCK
         last_tile, end = min(first_tile + tiles_per_block, tiles), min(n0 + BLOCK, width)
-        for m in range(first_tile * ROWS, last_tile * ROWS):
-            for n in range(n0, end):
-                c[m, n] = bias[n]
         mine = panels[thread_id()]
         for k0 in range(0, K, BLOCK):
             depth = min(BLOCK, K - k0)
             _pack_columns(b, k0, n0, depth, N, mine)
             for n in range(n0, end, COLUMNS):
                 for tile in range(first_tile, last_tile):
+                    to = c.ctypes.data + 4 * (tile * ROWS * width + n)
+                    before, before_row = (to, width) if k0 else (bias.ctypes.data + 4 * n, 0)
                     add_product(
                         a.ctypes.data + 4 * (tile * K + k0) * ROWS, mine.ctypes.data + 4 * (n - n0) * BLOCK, depth,
-                        c.ctypes.data + 4 * (tile * ROWS * width + n), width,
+                        before, before_row, to, width,
                     )  # fmt: skip
 
 
@@ -240,10 +249,10 @@ def matmul(a: Array, b: Array, bias: Array | None = None) -> Array:
 
 
 @compiled(parallel=True)
-def _multiply_rows(a: Array, panels: Array, transposed: bool, blocks: Array, c: Array) -> None:
+def _multiply_rows(a: Array, panels: Array, transposed: bool, zeros: Array, blocks: Array, c: Array) -> None:
     """c (M, N), or (N, M) if transposed, = a b; a (M, K), read where it lies, M whole tiles; panels: the packed b.
 
-    blocks (threads, GROUP, N rounded up): scratch.
+    zeros (COLUMNS,); blocks (threads, GROUP, N rounded up): scratch.
     """
     M, K = a.shape
     N = c.shape[0] if transposed else c.shape[1]
@@ -251,9 +260,6 @@ def _multiply_rows(a: Array, panels: Array, transposed: bool, blocks: Array, c: 
     for task in nb.prange(-(-M // GROUP)):
         block = blocks[thread_id()]
         m0, rows = task * GROUP, min(GROUP, M - task * GROUP)
-        for r in range(rows):
-            for n in range(width):
-                block[r, n] = 0
         for k0 in range(0, K, BLOCK):
             depth = min(BLOCK, K - k0)
             for panel in range(panels.shape[0]):
@@ -261,10 +267,11 @@ def _multiply_rows(a: Array, panels: Array, transposed: bool, blocks: Array, c: 
                     at = a.ctypes.data + 4 * ((m0 + r) * K + k0)
                     if panel == 0:
                         ask_for(at + 4 * BLOCK, K, ROWS, min(BLOCK, K - k0 - depth) // LANES)
+                    to = block.ctypes.data + 4 * (r * width + panel * COLUMNS)
+                    before, before_row = (to, width) if k0 else (zeros.ctypes.data, 0)
                     add_product_of_rows(
-                        at, K, panels.ctypes.data + 4 * (panel * K + k0) * COLUMNS, depth,
-                        block.ctypes.data + 4 * (r * width + panel * COLUMNS), width,
-                    )  # fmt: skip
+                        at, K, panels.ctypes.data + 4 * (panel * K + k0) * COLUMNS, depth, before, before_row, to, width
+                    )
         if transposed:
             for n in range(N):
                 for r in range(rows):
@@ -289,7 +296,7 @@ def matmul_transposed(a: Array, b: Array) -> Array:
     padded = _whole_tiles(rows)
     blocks = scratch(nb.get_num_threads(), GROUP, len(packed) * COLUMNS)
     c = np.empty((len(others), len(padded)) if swap else (len(padded), len(others)), np.float32)
-    _multiply_rows(padded, packed, swap, blocks, c)
+    _multiply_rows(padded, packed, swap, np.zeros(COLUMNS, np.float32), blocks, c)
     return np.ascontiguousarray(c[: len(a), : len(b)])
 
 
@@ -318,7 +325,7 @@ def _update(a: Array, b: Array, w: Array, velocity: Array, edges: Array, factors
                 for r in range(ROWS):
                     for x in range(COLUMNS):
                         edge[r, x] = 0
-                add_product(at_a, at_b, K, edge.ctypes.data, COLUMNS)
+                add_product(at_a, at_b, K, edge.ctypes.data, COLUMNS, edge.ctypes.data, COLUMNS)
                 for r in range(min(ROWS, M - m)):
                     for x in range(min(COLUMNS, N - n)):
                         velocity[m + r, n + x] = keep * velocity[m + r, n + x] - rate * edge[r, x]
