@@ -212,7 +212,8 @@ def lstm_forward(z: Array, wh: Array) -> tuple[Array, Array, Array]:
         i, f, o = sigmoid(z_t + h_{t-1} wh)[i, f, o]         g = tanh(z_t + h_{t-1} wh)[g]
         c_t     = f * c_{t-1} + i * g                        h_t = o * tanh(c_t)
 
-    Returns h (B, T, H), and what backward needs: c (B, T, H) and the activated gates (B, T, 4H).
+    Returns h (B, T, H), and what backward needs: c (B, T, H) and the activated gates (B, T, 4H). The caller gives z
+    away: a rung may write the gates over it.
     """
     B, T, _ = z.shape
     H = wh.shape[0]

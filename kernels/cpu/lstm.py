@@ -32,13 +32,17 @@ def _step_tile(rows: int) -> Any:
     @kernel
     def tile(
         k: Emitter, z: Ptr, z_row: Int, wh: Ptr, units: Int, depth: Int, h_before: Ptr, c_before: Ptr,
-        h: Ptr, c: Ptr, h_row: Int, gates: Ptr,
+        h: Ptr, c: Ptr, h_row: Int,
     ) -> None:  # fmt: skip
         """One step of `rows` sequences x LANES units; `depth` is `units`, or 0 in the first step, where h_before = 0.
 
-        z, gates: this step, these units of the input gate (the other gates lie `units` numbers apart); h_before: all
-        units of the step before; c_before, h, c: these units. z_row and h_row lead from sequence to sequence.
+        z: this step, these units of the input gate (the other gates lie `units` numbers apart); the gates take its
+        place. h_before: all units of the step before; c_before, h, c: these units. z_row and h_row lead from sequence
+        to sequence. What the next step needs of z is asked for meanwhile.
         """
+        for r in range(rows):
+            for g in range(4):
+                k.prefetch(z + z_row * r + units * (4 + g))
         acc = [[k.var(k.load(z + z_row * r + units * g)) for g in range(4)] for r in range(rows)]
         for i in k.range(depth):
             ws = [k.load(wh + i * (4 * LANES) + LANES * g) for g in range(4)]
@@ -53,7 +57,7 @@ def _step_tile(rows: int) -> Any:
             k.store(c + h_row * r, cell)
             k.store(h + h_row * r, outgate * tanh(k, cell))
             for n, gate in enumerate((ingate, forget, candidate, outgate)):
-                k.store(gates + z_row * r + units * n, gate)
+                k.store(z + z_row * r + units * n, gate)
 
     return tile
 
@@ -73,8 +77,8 @@ def _pack_gates(wh: Array, packed: Array) -> None:
 
 
 @compiled(parallel=True)
-def _forward(z: Array, wh: Array, zeros: Array, h: Array, c: Array, gates: Array, threads: int) -> None:
-    """z, gates (B, T, 4H), wh (H/LANES, H, 4, LANES), h, c (B, T, H), H a whole number of UNITS.
+def _forward(z: Array, wh: Array, zeros: Array, h: Array, c: Array, threads: int) -> None:
+    """z (B, T, 4H), which becomes the gates, wh (H/LANES, H, 4, LANES), h, c (B, T, H), H a whole number of UNITS.
 
     zeros stands for h_{-1} and c_{-1} of all sequences: B*T*H of them, because it is walked like h and c.
     """
@@ -91,13 +95,13 @@ def _forward(z: Array, wh: Array, zeros: Array, h: Array, c: Array, gates: Array
                     at = 4 * ((n * T + t) * H)
                     h_before = h.ctypes.data + at - 4 * H if t > 0 else zeros.ctypes.data
                     c_before = (c.ctypes.data + at - 4 * H if t > 0 else zeros.ctypes.data) + 4 * u
-                    zs, gs = z.ctypes.data + 4 * at + 4 * u, gates.ctypes.data + 4 * at + 4 * u
+                    zs = z.ctypes.data + 4 * at + 4 * u
                     hs, cs = h.ctypes.data + at + 4 * u, c.ctypes.data + at + 4 * u
                     if n + ROWS <= end:
-                        step_many(zs, 4 * T * H, w, H, depth, h_before, c_before, hs, cs, T * H, gs)
+                        step_many(zs, 4 * T * H, w, H, depth, h_before, c_before, hs, cs, T * H)
                         n += ROWS
                     else:
-                        step_one(zs, 4 * T * H, w, H, depth, h_before, c_before, hs, cs, T * H, gs)
+                        step_one(zs, 4 * T * H, w, H, depth, h_before, c_before, hs, cs, T * H)
                         n += 1
 
 
@@ -205,7 +209,7 @@ def _cut_gates(x: Array, H: int, units: int) -> Array:
 
 
 def lstm_forward(z: Array, wh: Array) -> tuple[Array, Array, Array]:
-    """See `kernels.reference.lstm_forward`."""
+    """See `kernels.reference.lstm_forward`; the gates take the memory of z where its layout allows it."""
     z, wh = as_float32(z=z, wh=wh)
     B, T, _ = z.shape
     H = wh.shape[0]
@@ -216,9 +220,8 @@ def lstm_forward(z: Array, wh: Array) -> tuple[Array, Array, Array]:
     packed = scratch(units // LANES, units, 4, LANES)
     _pack_gates(square, packed)
     h, c = np.empty((B, T, units), np.float32), np.empty((B, T, units), np.float32)
-    gates = np.empty_like(z)
-    _forward(z, packed, np.zeros(B * T * units, np.float32), h, c, gates, nb.get_num_threads())
-    return np.ascontiguousarray(h[..., :H]), np.ascontiguousarray(c[..., :H]), _cut_gates(gates, H, units)
+    _forward(z, packed, np.zeros(B * T * units, np.float32), h, c, nb.get_num_threads())
+    return np.ascontiguousarray(h[..., :H]), np.ascontiguousarray(c[..., :H]), _cut_gates(z, H, units)
 
 
 def lstm_backward(dh: Array, gates: Array, c: Array, wh: Array) -> Array:
