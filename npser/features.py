@@ -5,7 +5,7 @@ a 256-point short-time Fourier transform (periodic Hann window, 50 % overlap, no
 `length` consecutive rows, starting every `hop` rows; a recording shorter than one window is padded with the floor.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -65,6 +65,11 @@ class WindowSet:
     def batch(self, which: NDArray[np.intp]) -> Array:
         """The windows with these numbers: (len(which), length, 128) float32."""
         return np.stack([self.frames[self.owner[i]][self.start[i] : self.start[i] + self.length] for i in which])
+
+    def recordings(self) -> Iterator[tuple[Array, NDArray[np.intp]]]:
+        """Each utterance's standardised frames (N, 128), and where its windows begin among them."""
+        for number, frames in enumerate(self.frames):
+            yield frames, self.start[self.owner == number]
 
 
 def window_count(frames: int, length: int, hop: int) -> int:

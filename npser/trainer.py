@@ -19,11 +19,11 @@ from kernels.reference import Array
 from npser.errors import RunFailed
 from npser.features import WindowSet
 from npser.folds import random_oversampling
+from npser.inference import window_probabilities
 from npser.models import Model
 from npser.optim import SGD
 from npser.progress import Progress, duration
 from npser.runfolder import EpochResult
-from npser.scoring import score
 
 _OVERSAMPLING, _SHUFFLING = 1, 2  # last words of the generators' seeds: two unrelated streams
 
@@ -116,7 +116,7 @@ def vote(p: Array, owner: NDArray[np.intp]) -> Votes:
 
 def evaluate(model: Model, windows: WindowSet) -> Votes:
     """Score every window, and let each utterance's windows vote."""
-    return vote(score(model, windows), windows.owner)
+    return vote(window_probabilities(model, windows.recordings()), windows.owner)
 
 
 class Checkpoint:

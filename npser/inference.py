@@ -1,4 +1,4 @@
-"""Scoring recordings: the windows of one recording overlap, and what they have in common is computed once.
+"""Networks on recordings: the windows of one recording overlap, and what they have in common is computed once.
 
 A window's answer is that of `Model.predict_proba`, within rounding, but
 
@@ -12,13 +12,12 @@ At a segment hop of 8 frames a window of cnn needs a fifth of the convolutions (
 of tdcnn a quarter of everything. Dropout is off, so nothing but rounding tells the two ways apart.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kernels.reference import Array
-from npser.features import WindowSet
 from npser.layers import LSTM, Layer, Sequential, TimeDistributed
 from npser.models import WINDOW_HOP, WINDOWS, Model
 
@@ -29,42 +28,41 @@ EDGE = 8  # frames that decide the outermost row of a window
 Indices = NDArray[np.intp]
 
 
-def score(model: Model, windows: WindowSet) -> Array:
-    """Class probabilities (len(windows), K) of all windows, in their order."""
+Recording = tuple[Array, Indices]  # standardised frames (N, bins), and where windows begin among them (W,)
+
+
+def window_probabilities(model: Model, recordings: Iterable[Recording]) -> Array:
+    """Class probabilities (windows, K) of all windows of some recordings, in their order."""
     logits, group, count = [], [], 0
-    for piece in _pieces(windows):
+    for piece in _pieces(recordings, model.input_frames):
         group.append(piece)
         count += len(piece[1])
         if count >= TOGETHER:
-            logits.append(_SCORERS[model.arch](model, group))
+            logits.append(_NETWORKS[model.arch](model, group))
             group, count = [], 0
     if group:
-        logits.append(_SCORERS[model.arch](model, group))
+        logits.append(_NETWORKS[model.arch](model, group))
     return model.k.softmax(np.concatenate(logits))
 
 
-Piece = tuple[Array, Indices]  # consecutive frames of a recording, and where windows begin among them
-
-
-def _pieces(windows: WindowSet) -> Iterator[Piece]:
-    """The recordings of a set, long ones cut so that no piece has more than TOGETHER windows."""
-    for number, frames in enumerate(windows.frames):
-        starts = windows.start[windows.owner == number]
+def _pieces(recordings: Iterable[Recording], length: int) -> Iterator[Recording]:
+    """The recordings, long ones cut so that no piece has more than TOGETHER windows."""
+    for frames, starts in recordings:
         for at in range(0, len(starts), TOGETHER):
             part = starts[at : at + TOGETHER]
-            yield frames[part[0] : part[-1] + windows.length], part - part[0]
+            yield frames[part[0] : part[-1] + length], part - part[0]
 
 
 # --- the three networks ------------------------------------------------------------------------------------------
 
 
-def _cnn(model: Model, group: Sequence[Piece]) -> Array:
+def _cnn(model: Model, group: Sequence[Recording]) -> Array:
     convolutions, *rest = model.layers.layers
     x = np.concatenate([_features(convolutions, frames, starts, model.input_frames) for frames, starts in group])
     return Sequential(rest).forward(x, None)
 
 
-def _lstm(model: Model, group: Sequence[Piece]) -> Array:
+def _lstm(model: Model, group: Sequence[Recording]) -> Array:
     first, *rest = model.layers.layers
     assert isinstance(first, LSTM)
     z = first.project(np.concatenate([frames for frames, _ in group]))
@@ -73,7 +71,7 @@ def _lstm(model: Model, group: Sequence[Piece]) -> Array:
     return Sequential(rest).forward(first.recur(z[starts[:, None] + np.arange(model.input_frames)]), None)
 
 
-def _tdcnn(model: Model, group: Sequence[Piece]) -> Array:
+def _tdcnn(model: Model, group: Sequence[Recording]) -> Array:
     _, blocks, first, *rest = model.layers.layers
     assert isinstance(blocks, TimeDistributed)
     assert isinstance(first, LSTM)
@@ -89,7 +87,7 @@ def _tdcnn(model: Model, group: Sequence[Piece]) -> Array:
     return Sequential(rest).forward(first.recur(z[np.concatenate(places)]), None)
 
 
-_SCORERS = {"cnn": _cnn, "lstm": _lstm, "tdcnn": _tdcnn}
+_NETWORKS = {"cnn": _cnn, "lstm": _lstm, "tdcnn": _tdcnn}
 
 
 # --- convolutions that windows share -----------------------------------------------------------------------------

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from npser import scoring
+from npser import inference
 from npser.features import LOG_FLOOR, Standardisation, WindowSet
+from npser.inference import window_probabilities
 from npser.models import build_model
-from npser.scoring import score
 
 
 def recordings(bins, lengths, seed=0):
@@ -39,24 +39,24 @@ def test_shared_equals_separate(arch, bins, hop):
     windows = window_set(model, (5, 60, 83, model.input_frames, 41), hop)
     expected = one_by_one(model, windows)
     assert expected.std(axis=0).max() > 1e-5
-    np.testing.assert_allclose(score(model, windows), expected, atol=1e-10)
+    np.testing.assert_allclose(window_probabilities(model, windows.recordings()), expected, atol=1e-10)
 
 
 @pytest.mark.parametrize("arch", ["cnn", "lstm", "tdcnn"])
 def test_shared_equals_separate_at_the_papers_sizes(arch):
     model = build_model(arch, seed=3)
     windows = window_set(model, (100, 290), 8)
-    np.testing.assert_allclose(score(model, windows), one_by_one(model, windows), atol=1e-5)
+    np.testing.assert_allclose(window_probabilities(model, windows.recordings()), one_by_one(model, windows), atol=1e-5)
 
 
 @pytest.mark.parametrize("arch", ["cnn", "lstm", "tdcnn"])
 def test_any_grouping_gives_the_same(arch, monkeypatch):
     model = awake(build_model(arch, backend="reference", dtype="float64", filters=2, hidden=4, bins=16))
     windows = window_set(model, (90, 30, 200), 4)
-    expected = score(model, windows)
+    expected = window_probabilities(model, windows.recordings())
     for together in (1, 7):
-        monkeypatch.setattr(scoring, "TOGETHER", together)
-        np.testing.assert_allclose(score(model, windows), expected, atol=1e-12)
+        monkeypatch.setattr(inference, "TOGETHER", together)
+        np.testing.assert_allclose(window_probabilities(model, windows.recordings()), expected, atol=1e-12)
 
 
 def test_convolutions_run_once_over_a_recording(monkeypatch):
@@ -71,6 +71,6 @@ def test_convolutions_run_once_over_a_recording(monkeypatch):
         return forward(x, n)
 
     monkeypatch.setattr(convolutions, "forward", counting)
-    score(model, windows)
+    window_probabilities(model, windows.recordings())
     assert len(windows) == 20
     assert sum(seen) == 64 + 8 * 19 + 20 * 16
