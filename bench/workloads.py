@@ -129,25 +129,36 @@ def utterances(made: Inputs) -> list[Array]:
     return np.split(made["samples"], made["ends"][:-1])
 
 
-def record(path: Path, corpus: str, count: int | None) -> int:
-    """Write `count` utterances of a corpus (None: all) to `path`, for `inputs`; returns how many they are."""
+def record(path: Path, corpus: str, count: int | None) -> None:
+    """Write `count` utterances of a corpus (None: all) to `path`, for `inputs`."""
     from npser.corpus import open_corpus
 
     opened = open_corpus(corpus)
-    all_of_them = opened.utterances
-    chosen = all_of_them if count is None else all_of_them[:: max(1, len(all_of_them) // count)][:count]
-    samples = [opened.read(utterance) for utterance in chosen]
+    every = 1 if count is None else max(1, len(opened.utterances) // count)
+    samples = [opened.read(utterance) for utterance in opened.utterances[::every][:count]]
     np.savez(path, samples=np.concatenate(samples), ends=np.cumsum([len(x) for x in samples]))
-    return len(chosen)
 
 
-def record_one(path: Path, corpus_file: Path, windows: int, frames: int, hop: int) -> None:
-    """Write one utterance that gives exactly so many windows, made of a recorded corpus' samples."""
+def record_one(path: Path, recorded: Path, arch: str, hop: int, windows: int) -> None:
+    """Write one utterance of exactly so many windows, made of the samples in the file `recorded`."""
     from npser.features import FRAME, HOP
+    from npser.models import input_frames
 
-    with np.load(corpus_file) as file:
-        samples = np.resize(file["samples"], (frames + hop * (windows - 1) - 1) * HOP + FRAME)
+    with np.load(recorded) as file:
+        samples = np.resize(file["samples"], (input_frames(arch) + hop * (windows - 1) - 1) * HOP + FRAME)
     np.savez(path, samples=samples, ends=np.array([len(samples)]))
+
+
+def label_sizes(path: Path, arch: str, hop: int, checked: int = 4) -> Sizes:
+    """The sizes of a "label" workload: all utterances in `path`, of which the first `checked` are compared."""
+    from npser.features import FRAME, HOP, window_count
+    from npser.models import input_frames
+
+    with np.load(path) as file:
+        frames = [1 + (n - FRAME) // HOP for n in np.diff(file["ends"], prepend=0)]
+    windows = sum(int(window_count(n, input_frames(arch), hop)) for n in frames)
+    sizes = {"arch": arch, "samples": str(path), "count": len(frames), "windows": windows, "hop": hop}
+    return sizes | {"checked": checked, "model": {}}
 
 
 # --- counts ------------------------------------------------------------------------------------------------------
@@ -177,9 +188,9 @@ def _work(kind: str, s: Sizes) -> tuple[float, float]:
         forward, no_dx, parameters = _network(s)
         # The parameters are read forward and for dx; an update reads and writes them and their velocities.
         return s["B"] * (3 * forward - no_dx), 4.0 * 6 * parameters
-    if kind == "infer":
+    if kind in ("infer", "label"):
         forward, _, parameters = _network(s)
-        return s["B"] * forward, 4.0 * parameters
+        return s["B" if kind == "infer" else "windows"] * forward, 4.0 * parameters
     return 0.0, 0.0
 
 

@@ -37,6 +37,7 @@ class Candidate:
     """One column of the tables."""
 
     name: str
+    what: str  # for the reader
     module: str
     variant: str = ""
     packages: tuple[str, ...] = ()  # what it needs beside npser's own
@@ -53,15 +54,15 @@ class Candidate:
         return prepared
 
 
-OURS = Candidate("npser", "ours", "cpu")
-REFERENCE = Candidate("reference", "ours", "reference")
-TORCH = Candidate("torch", "torch_", "eager", ("torch",))
-TORCH_LAST = Candidate("torch-channels-last", "torch_", "channels-last", ("torch",))
-TORCH_UNFUSED = Candidate("torch-unfused-sgd", "torch_", "unfused-sgd", ("torch",))
-TORCH_COMPILE = Candidate("torch.compile", "torch_", "compile", ("torch",))
-JAX = Candidate("jax", "jax_", "", ("jax",))
-ONNX = Candidate("onnxruntime", "onnx_", "", ("onnx", "onnxruntime"))
-CANDIDATES = (OURS, TORCH, TORCH_LAST, TORCH_UNFUSED, TORCH_COMPILE, JAX, ONNX)
+OURS = Candidate("npser", "this project", "ours", "cpu")
+REFERENCE = Candidate("reference", "plain NumPy", "ours", "reference")
+TORCH = Candidate("torch", "PyTorch eager, updates by the fused SGD", "torch_", "eager", ("torch",))
+TORCH_NHWC = Candidate("torch-nhwc", "the same, images and weights channels last", "torch_", "nhwc", ("torch",))
+TORCH_LOOP = Candidate("torch-loop", "PyTorch eager, updates by the plain loop", "torch_", "loop", ("torch",))
+TORCH_COMPILE = Candidate("torch.compile", "PyTorch compiled by Inductor", "torch_", "compile", ("torch",))
+JAX = Candidate("jax", "JAX, compiled by jit", "jax_", "", ("jax",))
+ONNX = Candidate("onnxruntime", "ONNX Runtime, for inference", "onnx_", "", ("onnx", "onnxruntime"))
+CANDIDATES = (OURS, TORCH, TORCH_NHWC, TORCH_LOOP, TORCH_COMPILE, JAX, ONNX)
 
 
 def named(name: str) -> Candidate:

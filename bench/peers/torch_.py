@@ -1,7 +1,7 @@
-"""PyTorch. Variants: "eager", "channels-last" (images and weights), "compile", "unfused-sgd".
+"""PyTorch. Variants: "eager", "nhwc" (images and weights channels last), "compile", "loop".
 
 Weights stand in PyTorch's own order before the clock runs. The eager variants update with the fused SGD, one pass over
-each parameter, which is not the default; "unfused-sgd" is the plain loop, for training alone.
+each parameter, which is not the default; "loop" is the plain loop, for training alone.
 """
 
 import os
@@ -27,9 +27,9 @@ _IMAGES = ("conv_block", "conv3x3", "maxpool")
 _WHOLE = ("train", "memory", "infer", "label")
 _SMALL = ("relu", "dropout", "cross_entropy", "stft")
 NOT_WITH = {
-    "channels-last": (*_PRODUCTS, *_SMALL),
+    "nhwc": (*_PRODUCTS, *_SMALL),
     "compile": (*_PRODUCTS, "conv3x3", "stft", "memory"),
-    "unfused-sgd": (*_PRODUCTS, *_IMAGES, *_SMALL, "infer", "label"),
+    "loop": (*_PRODUCTS, *_IMAGES, *_SMALL, "infer", "label"),
 }
 """Kinds for which a variant differs in nothing from the eager one, or has no use."""
 
@@ -44,13 +44,13 @@ def maybe_compiled(call: Callable[..., Any], variant: str) -> Callable[..., Any]
 
 def image(x: Array, variant: str) -> Any:
     """(B, T, F, C) -> a tensor (B, C, T, F) in the variant's memory format."""
-    layout = torch.channels_last if variant == "channels-last" else torch.contiguous_format
+    layout = torch.channels_last if variant == "nhwc" else torch.contiguous_format
     return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(memory_format=layout)
 
 
 def filters(w: Array, variant: str) -> Any:
     """(3, 3, C, O) -> a tensor (O, C, 3, 3)."""
-    layout = torch.channels_last if variant == "channels-last" else torch.contiguous_format
+    layout = torch.channels_last if variant == "nhwc" else torch.contiguous_format
     return torch.from_numpy(w).permute(3, 2, 0, 1).contiguous(memory_format=layout)
 
 
@@ -240,11 +240,11 @@ def _twin(s: Sizes, variant: str, rate: float, weights: Inputs | None) -> Any:
     twin = Twin(s["arch"], dropout=rate, **s["model"])
     if weights is not None:
         twin.set_params(weights)
-    return twin.to(memory_format=torch.channels_last) if variant == "channels-last" else twin
+    return twin.to(memory_format=torch.channels_last) if variant == "nhwc" else twin
 
 
 def _training_step(twin: Any, x: Array, y: Array, variant: str, lr: float, decay: float) -> Callable[[], Any]:
-    sgd = _sgd([p for p in twin.parameters() if p.requires_grad], fused=variant != "unfused-sgd", lr=lr)
+    sgd = _sgd([p for p in twin.parameters() if p.requires_grad], fused=variant != "loop", lr=lr)
     network = maybe_compiled(twin, variant)
     windows, targets = torch.from_numpy(x), torch.from_numpy(y)
     updates = 0
