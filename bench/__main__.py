@@ -72,8 +72,8 @@ def _check_writable(path: Path) -> None:
 class Progress:
     """Rows done and time left, on standard error.
 
-    A row is taken to last `FIXED` times as long as its operations would at the machine's peak, and a constant on top;
-    what that is in seconds is learned from the rows that are done.
+    A row is taken to last so many times as long as its operations would at the machine's peak, and a constant on top;
+    how long that really is, is learned from the rows that are done.
     """
 
     CONSTANT, FACTOR = 8.0, 100.0
@@ -147,8 +147,6 @@ class Run:
 
     def introduce(self) -> None:
         """The machine, the programs, and what the machine can do."""
-        from bench.race import Worker
-
         found: dict[str, Any] = {name: value for name, value in versions().items() if value}
         for package in PACKAGES:
             try:
@@ -159,16 +157,22 @@ class Run:
         command = shlex.join(["python", "-m", "bench", *sys.argv[1:]])
         print(f"{command}\n{machine()}; {self.threads} threads; {now}")
         print(", ".join(f"{name} {value}" for name, value in found.items()), flush=True)
-        worker = Worker("npser", self.threads)
-        try:
-            self.peaks = worker.ask("peaks")
-        finally:
-            worker.close()
+        self.peaks = self.measure_machine()
         print(
             f"measured peaks: {self.peaks['flops'] / 1e9:.0f} GFLOP/s of multiply-adds; memory "
             f"{self.peaks['read'] / 1e9:.1f} GB/s read, {self.peaks['update'] / 1e9:.1f} GB/s read and written"
         )
         self.about = {"command": command, "machine": machine(), "threads": self.threads, "date": now, "versions": found}
+
+    def measure_machine(self) -> dict[str, float]:
+        """See `bench.machine.measure`; in a process of its own, with our threads."""
+        from bench.race import Worker
+
+        worker = Worker("npser", self.threads)
+        try:
+            return worker.ask("peaks")
+        finally:
+            worker.close()
 
     def _workloads(self, section: str, folder: Path) -> Iterable[Any]:
         from bench import suites, workloads
@@ -245,11 +249,11 @@ class Run:
         from bench.tables import growth_line
 
         print("growth of our own times, ms")
-        for row in self.rows:
-            if row["kind"] in ("train", "infer"):
-                series = row["title"].split(", B")[0] + ", against batch"
-                ours = row["candidates"].get(OURS.name)
-                self.growth.setdefault(series, {})[str(row["sizes"]["B"])] = ours["median"] if ours else None
+        for done in self.rows:
+            if done["kind"] in ("train", "infer"):
+                series = done["title"].split(", B")[0] + ", against batch"
+                ours = done["candidates"].get(OURS.name)
+                self.growth.setdefault(series, {})[str(done["sizes"]["B"])] = ours["median"] if ours else None
         for series, points in self.growth.items():
             print(growth_line(series, points), flush=True)
         numbers = sorted({threads for *_, threads in grown})

@@ -31,7 +31,7 @@ class Worker:
     def __init__(self, name: str, threads: int) -> None:
         root = Path(__file__).resolve().parent.parent
         path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-        self.complaints = tempfile.TemporaryFile("w+")
+        self.complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the worker
         self.process = subprocess.Popen(
             [sys.executable, "-m", "bench.worker", name, str(threads)],
             stdin=subprocess.PIPE,
@@ -62,7 +62,9 @@ class Worker:
         status = self.process.wait()
         self.complaints.seek(0)
         lines = self.complaints.read().strip().splitlines()
-        ended = f"its process was ended by signal {-status}" if status < 0 else f"its process ended with status {status}"
+        ended = (
+            f"its process was ended by signal {-status}" if status < 0 else f"its process ended with status {status}"
+        )
         return f"{ended}: {lines[-1][:200]}" if lines else ended
 
     @property
@@ -194,9 +196,7 @@ class Race:
     def run(self, section: str, workload: Workload) -> Row:
         """Prove every candidate right, then time those that are."""
         row, reference = Row(section, workload), self.folder / "reference.npz"
-        self.worker("reference").ask(
-            "prepare", kind=workload.kind, sizes=workload.sizes, reference=str(reference)
-        )
+        self.worker("reference").ask("prepare", kind=workload.kind, sizes=workload.sizes, reference=str(reference))
         needed = 0.0  # bytes that a candidate of this row may take, judged by those before it
         for candidate in self.candidates:
             name = candidate.name
@@ -281,4 +281,3 @@ def missing_packages(candidates: Sequence[Candidate]) -> Iterator[tuple[Candidat
     for candidate in candidates:
         if missing := candidate.missing():
             yield candidate, missing
-

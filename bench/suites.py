@@ -28,7 +28,9 @@ def candidates(section: str, quick: bool) -> list[Candidate]:
 # --- kernels -----------------------------------------------------------------------------------------------------
 
 
-def _conv(kind: str, name: str, B: int, T: int, F: int, C: int, O: int, backward: bool, need_dx: bool = True) -> Workload:
+def _conv(
+    kind: str, name: str, B: int, T: int, F: int, C: int, O: int, backward: bool, need_dx: bool = True
+) -> Workload:
     what = "forward" if not backward else "forward + backward" + ("" if need_dx else " without dx")
     sizes = {"B": B, "T": T, "F": F, "C": C, "O": O, "backward": backward, "need_dx": need_dx}
     return Workload(kind, f"{name} {C}->{O}, {T}x{F}, B {B}: {what}", sizes)
@@ -71,7 +73,9 @@ def kernels(quick: bool) -> Iterator[Workload]:
     pooled = 32 * 64 * 64 * 32  # numbers behind the first block at batch 32
     yield Workload("dropout", "dropout of (32, 64, 64, 32)", {"N": pooled}, tolerance=0.01)
     yield Workload("relu", "ReLU of (32, 64, 64, 32): forward + backward", {"N": pooled})
-    yield Workload("maxpool", "max-pooling of (32, 64, 64, 32): forward + backward", {"B": 32, "T": 64, "F": 64, "C": 32})
+    yield Workload(
+        "maxpool", "max-pooling of (32, 64, 64, 32): forward + backward", {"B": 32, "T": 64, "F": 64, "C": 32}
+    )
     yield Workload("cross_entropy", "softmax + cross-entropy (32, 7): forward + backward", {"B": 32, "K": 7})
     yield Workload("cross_entropy", "softmax + cross-entropy (4096, 1000): forward + backward", {"B": 4096, "K": 1000})
     yield Workload("sgd", "SGD with momentum, 33.5 million", {"N": 32768 * 1024})
@@ -124,7 +128,9 @@ def infer(quick: bool, recorded: Path, corpus: Path, corpus_name: str) -> Iterat
         yield Workload("label", f"{arch}, {sizes['count']} utterances, {sizes['windows']} windows, hop 8", sizes)
     for arch in ARCHITECTURES:
         sizes = label_sizes(corpus, arch, CORPUS_HOP[arch])
-        title = f"{arch}, {corpus_name}: {sizes['count']} utterances, {sizes['windows']} windows, hop {CORPUS_HOP[arch]}"
+        title = (
+            f"{arch}, {corpus_name}: {sizes['count']} utterances, {sizes['windows']} windows, hop {CORPUS_HOP[arch]}"
+        )
         yield Workload("label", title, sizes, least_rounds=1)
 
 

@@ -64,6 +64,9 @@ def inputs(kind: str, s: Sizes) -> Inputs:
         values *= np.float32(scale)
         return values
 
+    def targets(count: int, classes: int) -> Array:
+        return np.asarray(rng.integers(0, classes, count))
+
     if kind in ("conv_block", "conv3x3"):
         B, T, F, C, O = (s[letter] for letter in "BTFCO")
         step = 2 if kind == "conv_block" else 1
@@ -92,14 +95,14 @@ def inputs(kind: str, s: Sizes) -> Inputs:
             "dh": normal(B, T, H),
         }
     if kind == "cross_entropy":
-        return {"x": normal(s["B"], s["K"]), "y": rng.integers(0, s["K"], s["B"])}
+        return {"x": normal(s["B"], s["K"]), "y": targets(s["B"], s["K"])}
     if kind == "stft":
         return {"x": normal(s["N"], scale=0.1)}
     if kind in ("train", "memory", "infer"):
         frames, bins = window_shape(s)
         distinct = min(s["B"], DISTINCT) if kind == "infer" else s["B"]
         x = np.resize(normal(distinct, frames, bins), (s["B"], frames, bins))
-        made = {"x": x, "y": rng.integers(0, CLASSES, s["B"])}
+        made = {"x": x, "y": targets(s["B"], CLASSES)}
         return made if kind == "memory" else made | weights(s)
     if kind == "label":
         with np.load(s["samples"]) as file:

@@ -17,9 +17,11 @@ from kernels.reference import Array
 
 def compiled(f: Callable[..., Any], *operands: Any, names: tuple[str, ...]) -> Prepared:
     """f of operands that are on the device already, waited for."""
-    f = jax.jit(f)
+    fast: Any = jax.jit(f)
     there = [jax.device_put(operand) for operand in operands]
-    run = lambda: jax.block_until_ready(f(*there))  # noqa: E731
+
+    def run() -> Any:
+        return jax.block_until_ready(fast(*there))
 
     def outputs() -> Inputs:
         result = run()

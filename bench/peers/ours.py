@@ -221,6 +221,4 @@ def label(a: Inputs, s: Sizes, variant: str) -> Prepared:
         return p
 
     everything = utterances(a)
-    return Prepared(
-        lambda: {"p": probabilities(everything[: s["checked"]])}, lambda: lambda: probabilities(everything)
-    )
+    return Prepared(lambda: {"p": probabilities(everything[: s["checked"]])}, lambda: lambda: probabilities(everything))

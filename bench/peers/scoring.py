@@ -40,6 +40,4 @@ def label_with(score: Callable[[Array], Array], a: Inputs, s: Sizes) -> Prepared
         return sums / sums.sum(axis=1, keepdims=True)
 
     everything = utterances(a)
-    return Prepared(
-        lambda: {"p": probabilities(everything[: s["checked"]])}, lambda: lambda: probabilities(everything)
-    )
+    return Prepared(lambda: {"p": probabilities(everything[: s["checked"]])}, lambda: lambda: probabilities(everything))

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from bench.peers import Inputs, Prepared, Sizes
 from bench.peers.ours import dropout_facts, same, training_facts
 from bench.peers.scoring import label_with
-from bench.peers.torch_models import Twin, in_our_order, lstm as lstm_layer
+from bench.peers.torch_models import Twin, in_our_order
+from bench.peers.torch_models import lstm as lstm_layer
 from bench.workloads import CHECK_BATCH, CHECK_LR, CHECK_STEPS, DECAY, DROPOUT, LR, MOMENTUM
 from kernels.reference import Array
 
@@ -269,9 +270,7 @@ def train(a: Inputs, s: Sizes, variant: str) -> Prepared:
         losses = [run() for _ in range(CHECK_STEPS)]
         return training_facts(a, losses, {name: in_our_order(*pair) for name, pair in twin.pairs().items()})
 
-    return Prepared(
-        outputs, lambda: _training_step(_twin(s, variant, DROPOUT, a), a["x"], a["y"], variant, LR, DECAY)
-    )
+    return Prepared(outputs, lambda: _training_step(_twin(s, variant, DROPOUT, a), a["x"], a["y"], variant, LR, DECAY))
 
 
 def memory(a: Inputs, s: Sizes, variant: str) -> Prepared:
