@@ -30,6 +30,7 @@ def parser() -> Parser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
     threads = _threads(options.threads)
     if options.json:
@@ -39,16 +40,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from bench.race import Failed
 
-    run_ = Run(options, threads)
+    this = Run(shlex.join(["python", "-m", "bench", *arguments]), options, threads)
     try:
         with tempfile.TemporaryDirectory(prefix="npser-bench-") as folder:
-            run_.everything(Path(folder))
-        run_.complete = True
+            this.everything(Path(folder))
+        this.complete = True
     except Failed as failure:
         raise RunFailed(str(failure)) from failure
     finally:
-        run_.write_json()
-    return 1 if run_.faulty else 0
+        this.write_json()
+    return 1 if this.faulty else 0
 
 
 def _threads(wanted: int | None) -> int:
@@ -104,8 +105,8 @@ class Progress:
 class Run:
     """One run of the command: prints as it goes, and gathers what --json writes."""
 
-    def __init__(self, options: Any, threads: int) -> None:
-        self.options, self.threads = options, threads
+    def __init__(self, command: str, options: Any, threads: int) -> None:
+        self.command, self.options, self.threads = command, options, threads
         self.rows: list[dict[str, Any]] = []
         self.memory: list[dict[str, Any]] = []
         self.growth: dict[str, dict[str, float | None]] = {}
@@ -154,15 +155,15 @@ class Run:
             except PackageNotFoundError:
                 continue
         now = datetime.now().astimezone().isoformat(timespec="seconds")
-        command = shlex.join(["python", "-m", "bench", *sys.argv[1:]])
-        print(f"{command}\n{machine()}; {self.threads} threads; {now}")
+        print(f"{self.command}\n{machine()}; {self.threads} threads; {now}")
         print(", ".join(f"{name} {value}" for name, value in found.items()), flush=True)
         self.peaks = self.measure_machine()
         print(
             f"measured peaks: {self.peaks['flops'] / 1e9:.0f} GFLOP/s of multiply-adds; memory "
             f"{self.peaks['read'] / 1e9:.1f} GB/s read, {self.peaks['update'] / 1e9:.1f} GB/s read and written"
         )
-        self.about = {"command": command, "machine": machine(), "threads": self.threads, "date": now, "versions": found}
+        about = {"command": self.command, "machine": machine(), "threads": self.threads, "date": now}
+        self.about = about | {"versions": found}
 
     def measure_machine(self) -> dict[str, float]:
         """See `bench.machine.measure`; in a process of its own, with our threads."""
@@ -214,11 +215,9 @@ class Run:
         print(flush=True)
 
     def _keep(self, row: Any, table: Any) -> None:
-        from bench.peers import OURS
-
         print(table.line(row), flush=True)
         self.rows.append(row.as_json())
-        self.faulty |= bool(row.wrong) or OURS.name in row.troubles
+        self.faulty |= row.faulty
         self.progress.row_done(row.workload.operations)
 
     def measure_memory(self) -> None:
@@ -262,7 +261,7 @@ class Run:
                 for series, point, workload, _ in (each for each in grown if each[3] == threads):
                     row = race.run("growth", workload)
                     self.growth.setdefault(series, {})[point] = row.seconds(OURS.name)
-                    self.faulty |= bool(row.wrong) or OURS.name in row.troubles
+                    self.faulty |= row.faulty
                     self.progress.row_done(workload.operations)
         for series in dict.fromkeys(series for series, *_ in grown):
             print(growth_line(series, dict(sorted(self.growth[series].items(), key=lambda p: int(p[0])))), flush=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from bench.peers import OURS, Candidate
+from bench.peers import OURS, REFERENCE, Candidate
 from bench.workloads import Workload
 
 PAUSE = 0.25  # seconds before each turn: OpenMP's idle threads spin for up to 0.2
@@ -95,6 +95,11 @@ class Row:
 
     def seconds(self, name: str) -> float | None:
         return median(self.times[name]) if self.times.get(name) else None
+
+    @property
+    def faulty(self) -> bool:
+        """Is a result wrong, or did ours, or the reference, fail? A peer that cannot do its work is no fault."""
+        return bool(self.wrong) or not self.troubles.keys().isdisjoint((OURS.name, REFERENCE.name))
 
     @property
     def fastest_peer(self) -> str | None:
@@ -196,16 +201,20 @@ class Race:
     def run(self, section: str, workload: Workload) -> Row:
         """Prove every candidate right, then time those that are."""
         row, reference = Row(section, workload), self.folder / "reference.npz"
-        self.worker("reference").ask("prepare", kind=workload.kind, sizes=workload.sizes, reference=str(reference))
+        order = {"kind": workload.kind, "sizes": workload.sizes, "reference": str(reference)}
+        try:
+            self.worker(REFERENCE.name).ask("prepare", **order)
+        except Failed as failure:
+            row.troubles[REFERENCE.name] = str(failure)
+            self._forget(REFERENCE.name)
+            return row
         needed = 0.0  # bytes that a candidate of this row may take, judged by those before it
         for candidate in self.candidates:
             name = candidate.name
             try:
                 if needed > available_memory():
                     raise Failed("left out: an earlier candidate took more memory than is free now")
-                reply = self.worker(name).ask(
-                    "prepare", kind=workload.kind, sizes=workload.sizes, reference=str(reference)
-                )
+                reply = self.worker(name).ask("prepare", **order)
                 if not reply.get("offered", True):
                     continue
                 row.errors[name] = reply["error"]

@@ -187,6 +187,10 @@ def _work(kind: str, s: Sizes) -> tuple[float, float]:
         B, T, I, H = (s[letter] for letter in "BTIH")
         once = B * T * (I + H) + 4 * H * (I + H)
         return 2.0 * B * T * 4 * H * (I + H) * passes, 4.0 * once * (2 if s.get("backward") else 1)
+    if kind == "cross_entropy":
+        return 0.0, 4.0 * 2 * s["B"] * s["K"]
+    if kind == "stft":
+        return 0.0, 4.0 * (s["N"] + 129 * s["N"] // 128)  # half of 256 frequencies, one frame every 128 samples
     if kind == "train":
         forward, no_dx, parameters = _network(s)
         # The parameters are read forward and for dx; an update reads and writes them and their velocities.
