@@ -1,1 +1,31 @@
-"""Experiments and measurements: what is chosen, and how fast it is. Nothing here is imported by npser or kernels."""
+"""Measurements: how fast the kernels are beside others (`python -m bench`), and how settings were chosen.
+
+    python -m bench [kernels|train|infer|all] [--quick] [--json FILE] [--threads N]
+
+`kernels` times every operation, forward and backward, `train` one training step of each network and the peak memory of
+a fresh process, `infer` a batch of windows and whole utterances from samples to label; `all`, the default, all of that
+and a growth table of our own times. `--quick` shows a few rows at batch 32 in about a minute, without torch.compile.
+What is compared must be installed: pip install 'npser[bench]'; the rest is named as absent.
+
+How it measures:
+- Every candidate lives in a process of its own (worker.py), all on the same cores with the same number of threads. One
+  runs at a time, and a pause before each lets the thread pool of the one before fall asleep.
+- Every result is compared with `kernels.reference` before anything is timed; a candidate that is wrong is reported
+  and not timed, and the exit status is 1. Whole networks are compared at the paper's size: the probabilities of a few
+  windows, the losses and the change of every parameter in two training steps of two windows without dropout.
+- A round runs every candidate in turn, each for some time and at least once; the next round begins with another one.
+  A candidate's time is the median over the rounds of its median in each.
+- `ratio` is the time of the fastest peer over ours: above 1 we are faster. In brackets the quartiles of the ratios of
+  the single rounds.
+- GFLOP/s counts the operations of the dense definition (2 for a multiplication and an addition), whatever a kernel
+  saves of them; GB/s counts every operand and result once.
+- `peak` is the share of what the machine could do: the larger of operations over the measured peak of multiply-adds
+  (f) and bytes over the measured memory bandwidth (m), over our time. Skipped operations, or operands that stay in the
+  caches, can raise it above 100 %.
+
+Reading the code: workloads.py says what is computed, peers/ how each candidate computes it, race.py how candidates take
+turns, machine.py what the machine can do, tables.py what is printed. develop.py is of another kind: it tries settings
+on development data.
+
+Nothing here is imported by npser or kernels.
+"""

@@ -1,0 +1,293 @@
+"""python -m bench: the command. See the package's docstring for what is measured, and how."""
+
+import json
+import os
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from npser.cli import Parser, machine, run, versions
+from npser.errors import RunFailed, UserError
+from npser.train import whole
+
+SECTIONS = ("kernels", "train", "infer", "all")
+PACKAGES = ("torch", "jax", "onnxruntime")
+
+
+def parser() -> Parser:
+    p = Parser(prog="python -m bench", description="How fast the kernels are, beside PyTorch, JAX and ONNX Runtime.")
+    p.add_argument("section", nargs="?", choices=SECTIONS, default="all", help="what to time (default: all)")
+    p.add_argument("--quick", action="store_true", help="about a minute: a few rows at batch 32, few rounds")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured to FILE, too")
+    p.add_argument("--threads", type=whole(1), metavar="N", help="threads of every candidate (default: all cores)")
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parser().parse_args(arguments)
+    threads = _threads(options.threads)
+    if options.json:
+        _check_writable(options.json)
+    # This process only waits, and reads recordings before the clock runs: NumPy needs no threads of its own here.
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
+    from bench.race import Failed
+
+    this = Run(shlex.join(["python", "-m", "bench", *arguments]), options, threads)
+    try:
+        with tempfile.TemporaryDirectory(prefix="npser-bench-") as folder:
+            this.everything(Path(folder))
+        this.complete = True
+    except Failed as failure:
+        raise RunFailed(str(failure)) from failure
+    finally:
+        this.write_json()
+    return 1 if this.faulty else 0
+
+
+def _threads(wanted: int | None) -> int:
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if wanted is not None and wanted > available:
+        raise UserError(f"--threads {wanted}: this machine has {available} cores: use at most so many")
+    return wanted or available
+
+
+def _check_writable(path: Path) -> None:
+    """Better now than after an hour."""
+    try:
+        existed = path.exists()
+        path.open("a").close()
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"--json {path}: cannot be written ({error.strerror})") from error
+
+
+class Progress:
+    """Rows done and time left, on standard error.
+
+    A row is taken to last so many times as long as its operations would at the machine's peak, and a constant on top;
+    how long that really is, is learned from the rows that are done.
+    """
+
+    CONSTANT, FACTOR = 8.0, 100.0
+
+    def __init__(self, peak: float) -> None:
+        self.peak = peak
+        self.started = time.monotonic()
+        self.total = self.done = 0.0
+        self.rows = self.rows_done = 0
+
+    def weight(self, operations: float) -> float:
+        return self.CONSTANT + self.FACTOR * operations / self.peak
+
+    def expect(self, operations: Iterable[float]) -> None:
+        for each in operations:
+            self.total += self.weight(each)
+            self.rows += 1
+
+    def row_done(self, operations: float) -> None:
+        from npser.progress import duration
+
+        self.done += self.weight(operations)
+        self.rows_done += 1
+        left = (self.total - self.done) * (time.monotonic() - self.started) / self.done
+        print(f"{self.rows_done} of {self.rows} rows, about {duration(left)} left", file=sys.stderr, flush=True)
+
+
+class Run:
+    """One run of the command: prints as it goes, and gathers what --json writes."""
+
+    def __init__(self, command: str, options: Any, threads: int) -> None:
+        self.command, self.options, self.threads = command, options, threads
+        self.rows: list[dict[str, Any]] = []
+        self.memory: list[dict[str, Any]] = []
+        self.growth: dict[str, dict[str, float | None]] = {}
+        self.absent: dict[str, str] = {}
+        self.about: dict[str, Any] = {}
+        self.peaks: dict[str, float] = {}
+        self.complete = self.faulty = False
+
+    @property
+    def sections(self) -> tuple[str, ...]:
+        return SECTIONS[:-1] if self.options.section == "all" else (self.options.section,)
+
+    def everything(self, folder: Path) -> None:
+        from bench import suites
+        from bench.peers import CANDIDATES
+
+        self.introduce()
+        wanted = {c for section in self.sections for c in suites.candidates(section, self.options.quick)}
+        for candidate in CANDIDATES:
+            if candidate in wanted:
+                missing = candidate.missing()
+                state = f"absent: {', '.join(missing)} not installed (pip install 'npser[bench]')" if missing else ""
+                print(f"  {candidate.name:14} {state or candidate.what}")
+                if missing:
+                    self.absent[candidate.name] = state
+        print("times in ms; the columns are explained in bench/__init__.py\n", flush=True)
+
+        work = {section: list(self._workloads(section, folder)) for section in self.sections}
+        grown = list(self._growth(folder)) if self.options.section == "all" and not self.options.quick else []
+        self.progress = Progress(self.peaks["flops"])
+        self.progress.expect(w.operations for workloads in work.values() for w in workloads)
+        self.progress.expect(w.operations for _, _, w, _ in grown)
+        for section, workloads in work.items():
+            self.time_section(section, workloads, folder)
+            if section == "train" and not self.options.quick:
+                self.measure_memory()
+        if grown:
+            self.time_growth(grown, folder)
+
+    def introduce(self) -> None:
+        """The machine, the programs, and what the machine can do."""
+        found: dict[str, Any] = {name: value for name, value in versions().items() if value}
+        for package in PACKAGES:
+            try:
+                found[package] = version(package)
+            except PackageNotFoundError:
+                continue
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        print(f"{self.command}\n{machine()}; {self.threads} threads; {now}")
+        print(", ".join(f"{name} {value}" for name, value in found.items()), flush=True)
+        self.peaks = self.measure_machine()
+        print(
+            f"measured peaks: {self.peaks['flops'] / 1e9:.0f} GFLOP/s of multiply-adds; memory "
+            f"{self.peaks['read'] / 1e9:.1f} GB/s read, {self.peaks['update'] / 1e9:.1f} GB/s read and written"
+        )
+        about = {"command": self.command, "machine": machine(), "threads": self.threads, "date": now}
+        self.about = about | {"versions": found}
+
+    def measure_machine(self) -> dict[str, float]:
+        """See `bench.machine.measure`; in a process of its own, with our threads."""
+        from bench.race import Worker
+
+        worker = Worker("npser", self.threads)
+        try:
+            return worker.ask("peaks")
+        finally:
+            worker.close()
+
+    def _workloads(self, section: str, folder: Path) -> Iterable[Any]:
+        from bench import suites, workloads
+
+        quick = self.options.quick
+        if section == "kernels":
+            return suites.kernels(quick)
+        if section == "train":
+            return suites.train(quick)
+        few, corpus = folder / "utterances.npz", folder / "corpus.npz"
+        name = "emodb" if os.environ.get("NPSER_DATA") else "demo"
+        if not quick:
+            print(f"reading the corpus {name} ...", file=sys.stderr, flush=True)
+            workloads.record(few, "demo", suites.UTTERANCES)
+            workloads.record(corpus, name, None)
+        return suites.infer(quick, few, corpus, name)
+
+    def _growth(self, folder: Path) -> Iterable[tuple[str, str, Any, int]]:
+        """(series, point, workload, threads) of what the other sections do not time anyhow."""
+        from bench import suites
+
+        for series, point, workload in suites.growth(folder, folder / "utterances.npz"):
+            yield series, point, workload, self.threads
+        for workload in suites.threaded():
+            for threads in range(1, self.threads + 1):
+                yield f"{workload.title}, against threads", str(threads), workload, threads
+
+    def time_section(self, section: str, workloads: Sequence[Any], folder: Path) -> None:
+        from bench import suites
+        from bench.race import Race
+        from bench.tables import Table
+
+        columns = [c for c in suites.candidates(section, self.options.quick) if not c.missing()]
+        table = Table(columns, self.peaks)
+        print(table.head(section), flush=True)
+        with Race(columns, self.threads, self._pace(), folder) as race:
+            for workload in workloads:
+                self._keep(race.run(section, workload), table)
+        print(flush=True)
+
+    def _keep(self, row: Any, table: Any) -> None:
+        print(table.line(row), flush=True)
+        self.rows.append(row.as_json())
+        self.faulty |= row.faulty
+        self.progress.row_done(row.workload.operations)
+
+    def measure_memory(self) -> None:
+        from bench import suites
+        from bench.race import Failed, peak_memory
+        from bench.tables import memory_line
+
+        print("peak memory of a fresh process, MB")
+        for workload in suites.memory():
+            megabytes: dict[str, float | None] = {}
+            troubles = {}
+            for candidate in suites.MEMORY:
+                if candidate.missing():
+                    continue
+                try:
+                    megabytes[candidate.name] = peak_memory(candidate, workload, self.threads) / 1e6
+                except Failed as failure:
+                    megabytes[candidate.name], troubles[candidate.name] = None, str(failure)
+            print(memory_line(workload.title, megabytes, troubles), flush=True)
+            self.memory.append({"title": workload.title, "megabytes": megabytes, "troubles": troubles})
+        print(flush=True)
+
+    def time_growth(self, grown: Sequence[tuple[str, str, Any, int]], folder: Path) -> None:
+        """The growth table: our times against batch (measured already), width, windows and threads."""
+        from bench import suites
+        from bench.peers import OURS
+        from bench.race import Race
+        from bench.tables import growth_line
+
+        print("growth of our own times, ms")
+        for done in self.rows:
+            if done["kind"] in ("train", "infer"):
+                series = done["title"].split(", B")[0] + ", against batch"
+                ours = done["candidates"].get(OURS.name)
+                self.growth.setdefault(series, {})[str(done["sizes"]["B"])] = ours["median"] if ours else None
+        for series, points in self.growth.items():
+            print(growth_line(series, points), flush=True)
+        numbers = sorted({threads for *_, threads in grown})
+        for threads in numbers:
+            with Race(suites.COLUMNS["growth"], threads, self._pace(), folder) as race:
+                for series, point, workload, _ in (each for each in grown if each[3] == threads):
+                    row = race.run("growth", workload)
+                    self.growth.setdefault(series, {})[point] = row.seconds(OURS.name)
+                    self.faulty |= row.faulty
+                    self.progress.row_done(workload.operations)
+        for series in dict.fromkeys(series for series, *_ in grown):
+            print(growth_line(series, dict(sorted(self.growth[series].items(), key=lambda p: int(p[0])))), flush=True)
+
+    def _pace(self) -> Any:
+        from bench.race import Pace
+
+        return Pace(turn=0.15, row=2.0, least_rounds=3) if self.options.quick else Pace()
+
+    def write_json(self) -> None:
+        """Whatever has been measured, also when the run was ended early."""
+        if not self.options.json or not self.about:
+            return
+        from npser.runfolder import write_atomically
+
+        everything = {
+            **self.about,
+            "complete": self.complete,
+            "peaks": self.peaks,
+            "absent": self.absent,
+            "rows": self.rows,
+            "memory": self.memory,
+            "growth": self.growth,
+        }
+        write_atomically(self.options.json, json.dumps(everything, indent=1, allow_nan=False) + "\n")
+
+
+if __name__ == "__main__":
+    run("bench", main)

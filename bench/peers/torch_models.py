@@ -1,0 +1,92 @@
+"""The three networks in PyTorch's own layers, as the README describes them.
+
+PyTorch's images are (channels, time, frequency), its weights stand the other way round, and its LSTMs have a second
+bias, which is held at zero here. Its gates have our order: input, forget, cell, output.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from npser.models import WINDOW_HOP, WINDOWS
+
+
+def lstm(inputs: int, hidden: int) -> Any:
+    layer = nn.LSTM(inputs, hidden, batch_first=True)
+    nn.init.zeros_(layer.bias_hh_l0).requires_grad_(False)
+    return layer
+
+
+class Twin(nn.Module):
+    """One of the networks; the same options as `npser.models.build_model`."""
+
+    def __init__(
+        self,
+        arch: str,
+        filters: int = 32,
+        hidden: int | None = None,
+        bins: int = 128,
+        classes: int = 7,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.arch, self.bins, self.rate = arch, bins, dropout
+        features = (bins // 4) ** 2 * filters
+        H = hidden or (128 if arch == "lstm" else 1024)
+        if arch != "lstm":
+            self.conv1 = nn.Conv2d(1, filters, 3, padding=1)
+            self.conv2 = nn.Conv2d(filters, filters, 3, padding=1)
+        if arch == "cnn":
+            self.dense1 = nn.Linear(features, H)
+        else:
+            self.lstm1, self.lstm2 = lstm(bins if arch == "lstm" else features, H), lstm(H, H)
+        if arch == "lstm":
+            self.lstm3 = lstm(H, H)
+        self.out = nn.Linear(H, classes)
+
+    def dropout(self, x: Any) -> Any:
+        return nn.functional.dropout(x, self.rate, self.training)
+
+    def images(self, x: Any) -> Any:
+        """(N, bins, bins) -> (N, features) in the order time, frequency, channel."""
+        x = x[:, None]
+        for conv in (self.conv1, self.conv2):
+            x = self.dropout(nn.functional.max_pool2d(conv(x).relu(), 2))
+        return x.permute(0, 2, 3, 1).flatten(1)
+
+    def forward(self, x: Any) -> Any:
+        if self.arch == "cnn":
+            return self.out(self.dropout(self.dense1(self.images(x)).relu()))
+        if self.arch == "tdcnn":
+            windows = torch.stack([x[:, WINDOW_HOP * i :][:, : self.bins] for i in range(WINDOWS)], dim=1)
+            x = self.images(windows.flatten(0, 1)).unflatten(0, (len(x), WINDOWS))
+        x = self.lstm2(self.lstm1(x)[0])[0]
+        if self.arch == "lstm":
+            x = self.lstm3(x)[0]
+        return self.out(x[:, -1])
+
+    def pairs(self) -> dict[str, tuple[Any, tuple[int, ...]]]:
+        """Our name -> (PyTorch's parameter, the order of our axes in it)."""
+        found: dict[str, tuple[Any, tuple[int, ...]]] = {}
+        for name, layer in self.named_children():
+            if isinstance(layer, nn.LSTM):
+                found[f"{name}.wx"] = layer.weight_ih_l0, (1, 0)
+                found[f"{name}.wh"] = layer.weight_hh_l0, (1, 0)
+                found[f"{name}.b"] = layer.bias_ih_l0, (0,)
+            else:
+                found[f"{name}.w"] = layer.weight, (3, 2, 0, 1) if isinstance(layer, nn.Conv2d) else (1, 0)
+                found[f"{name}.b"] = layer.bias, (0,)
+        return found
+
+    def set_params(self, params: Mapping[str, Any]) -> None:
+        """Take over the parameters of one of our models."""
+        with torch.no_grad():
+            for name, (parameter, axes) in self.pairs().items():
+                parameter.copy_(torch.from_numpy(params[name]).permute(axes))
+
+
+def in_our_order(tensor: Any, axes: tuple[int, ...]) -> Any:
+    """A parameter, or its gradient, with the axes that ours has: a NumPy array."""
+    return tensor.detach().permute([axes.index(i) for i in range(len(axes))]).numpy()
