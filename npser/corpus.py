@@ -4,25 +4,21 @@
 folder or a file ends in a `UserError` that names it, so that a damaged recording cannot slip into a training run.
 """
 
-import math
 import os
 import re
-import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import soundfile
 from numpy.typing import NDArray
-from scipy.signal import resample_poly
 
+from npser.audio import AUDIO_SUFFIXES
+from npser.audio import SAMPLE_RATE as SAMPLE_RATE
+from npser.audio import read_audio as read_audio
 from npser.errors import UserError
 
-SAMPLE_RATE = 16000  # Hz
-FRAME = 256  # samples: a recording must fill one analysis frame
 PAPER_LABELS = ("neutral", "anger", "fear", "disgust", "sadness", "boredom", "happy")  # row order of the paper's tables
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif")
 
 # EMO-DB names its files speaker, text, emotion (initial of the German word), version: 03a01Wa.wav.
 EMODB_NAME = re.compile(r"(\d\d)([ab]\d\d)([WLEAFTN])([a-z]?)\.(?i:wav)")
@@ -79,77 +75,6 @@ def open_corpus(which: str) -> Corpus:
     return _folder_corpus(_find_emodb() if which == "emodb" else Path(which))
 
 
-def read_audio(path: str | os.PathLike[str]) -> NDArray[np.float32]:
-    """Read any audio file: (samples,) float32, mono (mean of the channels), 16 kHz, within [-1, 1].
-
-    Only a file that exceeds full scale (floating-point formats, overshoot of the resampling filter) is scaled, to
-    peak 1. UserError, naming the file: missing or unreadable, not audio, truncated, empty, silent, shorter than one
-    frame, or with samples that are not finite.
-    """
-    path = os.fspath(path)
-    if not os.path.exists(path):
-        raise UserError(f"{path}: no such file")
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: not a file; name an audio file")
-    try:
-        if os.path.getsize(path) == 0:
-            raise UserError(f"{path}: empty, it holds no bytes; copy it again")
-        if _header_promises_more(path):
-            raise UserError(f"{path}: truncated, the header promises more data than the file holds; copy it again")
-        samples, rate, promised = _decode(path)
-    except (OSError, RuntimeError, TypeError) as error:  # soundfile raises all three; TypeError is for headerless .raw
-        reason = " ".join(str(getattr(error, "error_string", error)).split())
-        raise UserError(f"{path}: cannot be read as audio ({reason}); copy it again or convert it to WAV") from error
-    if samples.size == 0:
-        raise UserError(f"{path}: empty, it holds no samples; remove it or record it again")
-    # The length of an MP3 file without an index is an estimate: a shortage of up to two of its frames is no damage.
-    if samples.size < promised - (2 * 1152 if path.lower().endswith(".mp3") else 0):
-        raise UserError(f"{path}: truncated, {samples.size} of {promised} samples could be read; copy it again")
-    if not np.isfinite(samples).all():
-        raise UserError(f"{path}: holds samples that are not finite (NaN or infinity); export it again")
-    if samples.min() == samples.max():
-        raise UserError(f"{path}: silent, all its samples are equal; remove it or record it again")
-    if not 1000 <= rate <= 768_000:  # the resampling filter grows with the rate: a damaged one would exhaust memory
-        raise UserError(f"{path}: sample rate of {rate} Hz is not that of a speech recording; convert it to 16 kHz")
-    if rate != SAMPLE_RATE:
-        common = math.gcd(rate, SAMPLE_RATE)
-        samples = resample_poly(samples, SAMPLE_RATE // common, rate // common)
-    if samples.size < FRAME:
-        raise UserError(f"{path}: {samples.size} samples at 16 kHz are shorter than one frame of {FRAME}; remove it")
-    peak = float(np.abs(samples).max())
-    return np.ascontiguousarray(samples / max(peak, 1.0), dtype=np.float32)
-
-
-def _decode(path: str) -> tuple[NDArray[np.float64], int, int]:
-    """Return (samples,) averaged over channels, the rate in Hz and the number of samples that the header promises.
-
-    Block by block, so that memory grows with what the file really holds and not with what its header claims.
-    """
-    with soundfile.SoundFile(path) as file:
-        block = max(1, (1 << 20) // file.channels)
-        blocks: list[NDArray[np.float64]] = []
-        while len(samples := file.read(block, dtype="float64", always_2d=True)):
-            blocks.append(samples.mean(axis=1))
-        return np.concatenate([*blocks, np.empty(0)]), file.samplerate, file.frames
-
-
-def _header_promises_more(path: str) -> bool:
-    """Whether the sample chunk of a WAV or AIFF file is longer than the file: libsndfile would shorten it silently."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        container = file.read(12)[:4]
-        if container not in (b"RIFF", b"RIFX", b"FORM"):
-            return False
-        order = "<" if container == b"RIFF" else ">"
-        while len(header := file.read(8)) == 8:
-            length = struct.unpack(order + "I", header[4:])[0]
-            if header[:4] in (b"data", b"SSND"):
-                # Programs that write into a pipe cannot know the length and put (nearly) the largest one there.
-                return file.tell() + length > size and length < 0x7FFF0000
-            file.seek(length + length % 2, os.SEEK_CUR)  # chunks start at even offsets
-    return False
-
-
 def user_cache() -> Path:
     """The user's cache folder of this program (it need not exist)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "npser"
@@ -177,7 +102,7 @@ def _folder_corpus(folder: Path) -> Corpus:
     if not folder.is_dir():
         raise UserError(f"--data {folder}: not a folder; name the folder that holds the recordings")
     root = folder.resolve()
-    names = sorted(_audio_names(root))
+    names = sorted(audio_names(root))
     if not names:
         raise UserError(f"--data {folder}: no audio file in it ({' '.join(AUDIO_SUFFIXES)})")
     is_emodb = any(EMODB_NAME.fullmatch(_base_name(name)) for name in names)
@@ -212,11 +137,11 @@ def _folder_corpus(folder: Path) -> Corpus:
     )
 
 
-def _audio_names(root: Path) -> Iterator[str]:
+def audio_names(root: Path) -> Iterator[str]:
     """Yield the audio files below `root`, relative and with "/", leaving out whatever is hidden."""
 
     def refuse(error: OSError) -> None:
-        raise UserError(f"--data {root}: cannot list {error.filename} ({error.strerror})") from error
+        raise UserError(f"{root}: cannot list {error.filename} ({error.strerror}): check its permissions") from error
 
     seen: set[str] = set()  # real paths, because linked folders are followed and may form a loop
     for parent, folders, files in os.walk(root, onerror=refuse, followlinks=True):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npser.cli import Parser, machine, run, versions
+from npser.cli import Parser, machine, run, set_threads, versions, whole
 from npser.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
@@ -34,17 +34,6 @@ DEMO_BATCH_SIZE = 16
 DEMO_FOLDS, DEMO_REPEATS = 2, 1
 
 MAY_CHANGE = ("vote", "backend", "threads", "only", "versions", "checkpoint")
-
-
-def whole(least: int) -> Any:
-    """An argparse type: a whole number, at least so large."""
-
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"\d+", text) or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-        return int(text)
-
-    return parse
 
 
 def repeat_and_fold(text: str) -> tuple[int, int]:
@@ -152,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError("--save: a cross-validation has no single model to save: add --cv none")
     if options.only and options.cv == "none":
         raise UserError("--only: there are no folds with --cv none")
-    threads = _set_threads(options.threads, options.backend)
+    threads = set_threads(options.threads, options.backend)
 
     from npser.corpus import open_corpus
 
@@ -162,26 +151,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.cv == "none":
         return _fit_everything(options, corpus, config)
     return _cross_validate(options, corpus, config)
-
-
-def _set_threads(wanted: int | None, backend: str) -> int:
-    """Pin Numba, and (before NumPy is imported) the BLAS that it brings; returns the number of threads."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if wanted is not None and wanted > available:
-        raise UserError(f"--threads {wanted}: this machine has {available} cores: use at most so many")
-    threads = wanted or available
-    # The compiled kernels do without BLAS; a pool of its threads would only spin on the cores that they need.
-    for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
-        os.environ[variable] = str(threads if backend == "reference" else 1)
-    import numba
-
-    try:
-        numba.set_num_threads(threads)
-    except ValueError:
-        raise UserError(
-            f"--threads {threads}: NUMBA_NUM_THREADS={os.environ.get('NUMBA_NUM_THREADS')} allows fewer: unset it"
-        ) from None
-    return threads
 
 
 def _config(options: argparse.Namespace, corpus: "Corpus", threads: int, demo: bool) -> dict[str, Any]:
