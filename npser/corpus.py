@@ -1,12 +1,14 @@
-"""Labelled recordings: EMO-DB, any folder of emotion folders, and the built-in demonstration corpus.
+"""Labelled recordings: corpora known by their file names, any folder of emotion folders, a CSV, the built-in corpus.
+
+    python -m npser.corpus PATH     what is in one
 
 `open_corpus` only lists files; the samples are read one utterance at a time by `Corpus.read`. Whatever is wrong with a
 folder or a file ends in a `UserError` that names it, so that a damaged recording cannot slip into a training run.
 """
 
+import csv
 import os
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,20 +19,9 @@ from npser.audio import AUDIO_SUFFIXES
 from npser.audio import SAMPLE_RATE as SAMPLE_RATE
 from npser.audio import read_audio as read_audio
 from npser.errors import UserError
+from npser.layouts import recognise
 
 PAPER_LABELS = ("neutral", "anger", "fear", "disgust", "sadness", "boredom", "happy")  # row order of the paper's tables
-
-# EMO-DB names its files speaker, text, emotion (initial of the German word), version: 03a01Wa.wav.
-EMODB_NAME = re.compile(r"(\d\d)([ab]\d\d)([WLEAFTN])([a-z]?)\.(?i:wav)")
-EMODB_EMOTIONS = {
-    "W": "anger",  # Wut (Ärger)
-    "L": "boredom",  # Langeweile
-    "E": "disgust",  # Ekel
-    "A": "fear",  # Angst
-    "F": "happy",  # Freude
-    "T": "sadness",  # Trauer
-    "N": "neutral",
-}
 
 
 @dataclass(frozen=True)
@@ -42,6 +33,7 @@ class Utterance:
     speaker: str  # "" if unknown
     text: str  # code of the spoken text, "" if unknown
     emotion: str
+    split: str = ""  # "train" or "test" where the corpus says on which side of an evaluation it belongs
 
 
 @dataclass(frozen=True)
@@ -67,12 +59,47 @@ class Corpus:
 
 
 def open_corpus(which: str) -> Corpus:
-    """List the corpus "demo", "emodb" or the folder `which`. UserError if there is no usable one."""
+    """List the corpus "demo", "emodb", the folder or the CSV file `which`. UserError if there is no usable one.
+
+    "emodb" is fetched if it is nowhere on this machine (RunFailed when that fails).
+    """
     if which == "demo":
         from npser.synthetic import demo_corpus  # here, because the synthesiser builds on this module
 
         return demo_corpus()
-    return _folder_corpus(_find_emodb() if which == "emodb" else Path(which))
+    if which == "emodb":
+        return _folder_corpus(_find_emodb())
+    path = Path(which)
+    return _csv_corpus(path) if path.suffix.lower() == ".csv" and path.is_file() else _folder_corpus(path)
+
+
+def cross_corpus(train: Corpus, test: Corpus) -> Corpus:
+    """Both corpora as one, split into "train" and "test", with the emotions that they share.
+
+    Names and speakers are prefixed with the name of their corpus. UserError when fewer than two emotions are shared.
+    """
+    if "demo" in (train.name, test.name):
+        raise UserError("--test-data: the built-in corpus is made of no files: python -m npser.synthetic writes them")
+    shared = tuple(label for label in train.labels if label in test.labels)
+    if len(shared) < 2:
+        raise UserError(
+            f"--test-data: {train.name} and {test.name} share {', '.join(shared) or 'no emotion'}, at least two are "
+            f"needed: {train.name} has {', '.join(train.labels)}; {test.name} has {', '.join(test.labels)}"
+        )
+    utterances: list[Utterance] = []
+    skipped: list[str] = []
+    for split, corpus in (("train", train), ("test", test)):
+        prefix = corpus.name if train.name != test.name else f"{corpus.name}-{split}"
+        skipped += [f"{prefix}/{line}" for line in corpus.skipped]
+        for u in corpus.utterances:
+            name = f"{prefix}/{u.name}"
+            if u.emotion in shared:
+                speaker = u.speaker and f"{prefix}:{u.speaker}"
+                utterances.append(Utterance(u.path, name, speaker, u.text, u.emotion, split))
+            else:
+                skipped.append(f"{name}: {u.emotion} is in only one of the two corpora")
+    utterances.sort(key=lambda u: u.name)
+    return Corpus(f"{train.name}-to-{test.name}", shared, tuple(utterances), tuple(skipped), _read_utterance)
 
 
 def user_cache() -> Path:
@@ -81,40 +108,40 @@ def user_cache() -> Path:
 
 
 def _find_emodb() -> Path:
-    """Return the folder of EMO-DB. UserError if it is in neither of the two places."""
+    """Return the folder of EMO-DB: $NPSER_DATA/emodb, else the one in the user's cache folder, fetched if need be."""
     if data := os.environ.get("NPSER_DATA"):
         folder = Path(data) / "emodb"
         if folder.exists():
             return folder
     cache = user_cache() / "emodb"
-    if cache.exists():
-        return cache
-    raise UserError(
-        f"--data emodb: found neither $NPSER_DATA/emodb nor {cache}; "
-        "set NPSER_DATA to the folder that holds emodb, or pass --data FOLDER"
-    )
+    if not cache.exists():
+        from npser.fetch import fetch_emodb  # here, because few need it
+
+        fetch_emodb(cache)
+    return cache
 
 
 def _folder_corpus(folder: Path) -> Corpus:
-    """List a folder, by EMO-DB file names if there is one, else by the folder that each file lies in."""
+    """List a folder, by the file names of a known corpus if there are any, else by the folder that each lies in."""
     if not folder.exists():
         raise UserError(f"--data {folder}: no such folder")
     if not folder.is_dir():
-        raise UserError(f"--data {folder}: not a folder; name the folder that holds the recordings")
+        raise UserError(f"--data {folder}: not a folder; name the folder that holds the recordings, or a .csv file")
     root = folder.resolve()
     names = sorted(audio_names(root))
     if not names:
         raise UserError(f"--data {folder}: no audio file in it ({' '.join(AUDIO_SUFFIXES)})")
-    is_emodb = any(EMODB_NAME.fullmatch(_base_name(name)) for name in names)
+    layout = recognise(names)
     utterances: list[Utterance] = []
     skipped: list[str] = []
     for name in names:
-        match = EMODB_NAME.fullmatch(_base_name(name))
         path = str(root / name)
-        if match:
-            utterances.append(Utterance(path, name, match[1], match[2], EMODB_EMOTIONS[match[3]]))
-        elif is_emodb:
-            skipped.append(f"{name}: not an EMO-DB file name")
+        if layout:
+            parsed = layout.parse(name)
+            if parsed:
+                utterances.append(Utterance(path, name, parsed.speaker, parsed.text, parsed.emotion))
+            else:
+                skipped.append(f"{name}: not {layout.file_name}")
         elif "/" not in name:
             skipped.append(f"{name}: lies in no emotion folder")
         else:
@@ -124,17 +151,66 @@ def _folder_corpus(folder: Path) -> Corpus:
             f"--data {folder}: none of its {len(names)} audio files lies in an emotion folder; "
             "put each into a sub-folder named after its emotion"
         )
+    return _corpus(f"--data {folder}", layout.name if layout else root.name, utterances, skipped)
+
+
+def _csv_corpus(file: Path) -> Corpus:
+    """List the recordings that a CSV file names: columns path and emotion, and speaker, text, split if it has them.
+
+    Paths are relative to the CSV file. UserError, naming file and line, for a row that cannot be used.
+    """
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as lines:
+            first = lines.readline()
+            delimiter = max(",;\t", key=first.count)
+            columns = [column.strip().lower() for column in next(csv.reader([first], delimiter=delimiter), [])]
+            missing = [column for column in ("path", "emotion") if column not in columns]
+            if missing:
+                raise UserError(
+                    f"--data {file}: its first line has no column {' and no column '.join(missing)}: "
+                    "path,speaker,emotion[,text][,split] are wanted"
+                )
+            rows = [(n, dict(zip(columns, row, strict=False))) for n, row in _csv_rows(lines, delimiter)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"--data {file}: cannot be read as CSV in UTF-8 ({error})") from error
+    utterances: list[Utterance] = []
+    skipped: list[str] = []
+    seen: set[str] = set()
+    for line, row in rows:
+        cells = {column: (row.get(column) or "").strip() for column in ("path", "speaker", "text", "emotion", "split")}
+        name = Path(cells["path"]).as_posix() if cells["path"] else ""
+        path = file.resolve().parent / name
+        if not name or not cells["emotion"]:
+            raise UserError(f"--data {file}: line {line} has no {'emotion' if name else 'path'}")
+        if not path.is_file():
+            raise UserError(f"--data {file}: line {line}: there is no file {path}")
+        if name in seen:
+            raise UserError(f"--data {file}: line {line}: {name} is there twice")
+        seen.add(name)
+        if "split" in columns and cells["split"] not in ("train", "test"):
+            skipped.append(f"{name}: its split is {cells['split'] or 'empty'}, neither train nor test")
+            continue
+        utterances.append(Utterance(str(path), name, cells["speaker"], cells["text"], cells["emotion"], cells["split"]))
+    if not utterances:
+        raise UserError(f"--data {file}: it names no recording that can be used")
+    return _corpus(f"--data {file}", file.stem, sorted(utterances, key=lambda u: u.name), skipped)
+
+
+def _csv_rows(lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """The rows behind the first line, empty ones left out, with their line numbers."""
+    reader = csv.reader(lines, delimiter=delimiter)
+    for row in reader:
+        if any(cell.strip() for cell in row):
+            yield reader.line_num + 1, row
+
+
+def _corpus(source: str, name: str, utterances: list[Utterance], skipped: list[str]) -> Corpus:
+    """The corpus of these utterances; UserError when they have only one emotion."""
     emotions = {u.emotion for u in utterances}
     if len(emotions) == 1:
-        raise UserError(f"--data {folder}: only one emotion ({utterances[0].emotion}); at least two are needed")
-    name = "demo-folder" if root.name == "demo" else root.name  # "demo" is the built-in corpus
-    return Corpus(
-        name="emodb" if is_emodb else name,
-        labels=_label_order(emotions),
-        utterances=tuple(utterances),
-        skipped=tuple(skipped),
-        read=_read_utterance,
-    )
+        raise UserError(f"{source}: only one emotion ({utterances[0].emotion}); at least two are needed")
+    name = "demo-folder" if name == "demo" else name  # "demo" is the built-in corpus
+    return Corpus(name, _label_order(emotions), tuple(utterances), tuple(skipped), _read_utterance)
 
 
 def audio_names(root: Path) -> Iterator[str]:
@@ -156,10 +232,6 @@ def audio_names(root: Path) -> Iterator[str]:
                 yield (Path(parent) / name).relative_to(root).as_posix()
 
 
-def _base_name(name: str) -> str:
-    return name.rsplit("/", 1)[-1]
-
-
 def _label_order(emotions: set[str]) -> tuple[str, ...]:
     """The paper's order if it has them all, else alphabetical."""
     if emotions <= set(PAPER_LABELS):
@@ -169,3 +241,10 @@ def _label_order(emotions: set[str]) -> tuple[str, ...]:
 
 def _read_utterance(utterance: Utterance) -> NDArray[np.float32]:
     return read_audio(utterance.path)  # a named function, because worker processes receive it by name
+
+
+if __name__ == "__main__":
+    from npser.cli import run
+    from npser.inventory import main
+
+    run("npser.corpus", main)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from npser.corpus import Corpus
 from npser.errors import RunFailed
 from npser.features import Standardisation, WindowSet, window_count
-from npser.folds import Indices, speaker_folds, stratified_folds
+from npser.folds import Indices, speaker_folds, split_test, stratified_folds
 from npser.models import Model, build_model
 from npser.progress import Progress
 from npser.runfolder import RunFolder, fold_result
@@ -53,11 +53,13 @@ class Fold:
 
 
 def make_folds(corpus: Corpus, cv: str, folds: int, repeats: int, seed: int) -> list[Fold]:
-    """All folds of a run, repeat after repeat; cv is "stratified" (another deal in every repeat) or "speaker"."""
+    """All folds of a run, repeat after repeat; cv: "stratified" (another deal in every repeat), "speaker" or "split"."""
     made = []
     for repeat in range(repeats):
         if cv == "speaker":
             tests = speaker_folds([u.speaker for u in corpus.utterances])
+        elif cv == "split":
+            tests = [split_test([u.split for u in corpus.utterances], corpus.targets, corpus.labels)]
         else:
             tests = stratified_folds(corpus.targets, folds, (seed, repeat), corpus.labels)
         everything = np.arange(len(corpus.utterances))

@@ -61,10 +61,15 @@ def render_text(config: Mapping[str, Any], results: Sequence[FoldResult]) -> str
         if isinstance(block, str):
             parts.append(textwrap.fill(block, _WIDTH, break_on_hyphens=False))
         else:
-            widths = [max(map(len, column)) for column in zip(block.header, *block.rows, strict=True)]
-            lines = [_text_row(block.header, widths), "-" * (sum(widths) + 2 * len(widths) - 2)]
-            parts.append("\n".join([block.title, "", *lines, *(_text_row(row, widths) for row in block.rows)]))
+            parts.append(f"{block.title}\n\n{text_table(block)}")
     return "\n\n".join(parts) + "\n"
+
+
+def text_table(table: Table) -> str:
+    """A table as plain text, without its title."""
+    widths = [max(map(len, column)) for column in zip(table.header, *table.rows, strict=True)]
+    lines = [_text_row(table.header, widths), "-" * (sum(widths) + 2 * len(widths) - 2)]
+    return "\n".join([*lines, *(_text_row(row, widths) for row in table.rows)])
 
 
 def render_markdown(config: Mapping[str, Any], results: Sequence[FoldResult]) -> str:
@@ -118,7 +123,11 @@ def _protocol(config: Mapping[str, Any], done: int) -> str:
     folds, repeats, cv = config.get("folds"), config.get("repeats"), config.get("cv")
     if cv == "none":
         return "Fitted on everything (--cv none): no fold was held out, so there is nothing to test on."
-    kind = {"stratified": "stratified cross-validation", "speaker": "leave-one-speaker-out cross-validation"}
+    kind = {
+        "stratified": "stratified cross-validation",
+        "speaker": "leave-one-speaker-out cross-validation",
+        "split": "training and test set as given",
+    }
     said = [kind.get(str(cv), "cross-validation")]
     for key, word in (("folds", "folds"), ("repeats", "repeats"), ("epochs", "epochs")):
         if key in config:

@@ -66,17 +66,24 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--data",
         default="demo",
-        metavar="demo|emodb|FOLDER",
-        help="demo: the built-in generated corpus; emodb: the corpus at $NPSER_DATA/emodb; FOLDER: searched for audio, "
-        "the emotion told by EMO-DB file names, else by the folder that a file lies in (default: demo)",
+        metavar="demo|emodb|PATH",
+        help="demo: the built-in generated corpus; emodb: the corpus at $NPSER_DATA/emodb, else fetched from its "
+        "authors into the user's cache folder; PATH: a folder, searched for audio, the emotion told by the file names "
+        "of a known corpus, else by the folder that a file lies in, or a .csv file with the columns "
+        "path,speaker,emotion[,split]; python -m npser.corpus PATH shows what it is taken for (default: demo)",
+    )
+    what.add_argument(
+        "--test-data",
+        metavar="emodb|PATH",
+        help="train on all of --data and test on all of this corpus, over the emotions that they share",
     )
     protocol = p.add_argument_group("protocol")
     protocol.add_argument(
         "--cv",
-        default="stratified",
-        choices=("stratified", "speaker", "none"),
-        help="stratified: every fold has its share of each emotion; speaker: leave one speaker out; none: fit one "
-        "model on everything and save it (default: stratified)",
+        choices=("stratified", "speaker", "split", "none"),
+        help="stratified: every fold has its share of each emotion; speaker: leave one speaker out; split: train and "
+        "test as the .csv file's column split says; none: fit one model on everything and save it (default: "
+        "stratified, with --test-data split)",
     )
     protocol.add_argument("--folds", type=whole(2), metavar="N", help="test folds (default: 10, demo 2)")
     protocol.add_argument("--repeats", type=whole(1), metavar="N", help="repeats of all folds (default: 5, demo 1)")
@@ -141,11 +148,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError("--save: a cross-validation has no single model to save: add --cv none")
     if options.only and options.cv == "none":
         raise UserError("--only: there are no folds with --cv none")
+    if options.test_data and options.cv not in (None, "split"):
+        raise UserError(f"--test-data: what is tested on is given, so --cv {options.cv} cannot be: leave it away")
+    options.cv = options.cv or ("split" if options.test_data else "stratified")
     threads = set_threads(options.threads, options.backend)
 
-    from npser.corpus import open_corpus
+    from npser.corpus import cross_corpus, open_corpus
 
     corpus = open_corpus(options.data)
+    if options.test_data:
+        corpus = cross_corpus(corpus, open_corpus(options.test_data))
     demo = corpus.name == "demo"
     config = _config(options, corpus, threads, demo)
     if options.cv == "none":
@@ -163,6 +175,10 @@ def _config(options: argparse.Namespace, corpus: "Corpus", threads: int, demo: b
     folds = len(corpus.speakers) if options.cv == "speaker" else options.folds or (DEMO_FOLDS if demo else 10)
     if options.cv == "speaker" and options.folds not in (None, folds):
         raise UserError(f"--folds {options.folds}: --cv speaker makes one fold for each of the {folds} speakers")
+    if options.cv == "split":
+        folds = 1
+        if options.folds not in (None, 1):
+            raise UserError(f"--folds {options.folds}: a given split of training and test makes one fold")
     listing = "\n".join(f"{u.name}\t{u.speaker}\t{u.emotion}" for u in corpus.utterances)
     return {
         "arch": arch,
@@ -277,9 +293,10 @@ def _open_folder(options: argparse.Namespace, config: dict[str, Any]) -> "RunFol
 def _plan(
     config: dict[str, Any], options: argparse.Namespace, chosen: int, waiting: int, steps: int, folder: "RunFolder"
 ) -> str:
-    kind = {"stratified": "stratified folds", "speaker": "folds, one for each speaker"}[config["cv"]]
+    kinds = {"stratified": "stratified folds", "speaker": "folds, one for each speaker"}
+    kinds["split"] = "fold, training and test as given,"
     lines = [
-        f"{config['folds']} {kind} x {config['repeats']} repeat{'s' * (config['repeats'] > 1)}, "
+        f"{config['folds']} {kinds[config['cv']]} x {config['repeats']} repeat{'s' * (config['repeats'] > 1)}, "
         f"{config['epochs']} epochs of windows {config['segment_hop']} frames apart, batches of {config['batch_size']}"
     ]
     if options.only:

@@ -293,3 +293,30 @@ def test_other_file_names_in_emodb_are_skipped_named_and_counted(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "holiday.wav: not an EMO-DB file name" in result.stderr
     assert "skipped 1 file" in result.stderr
+
+
+def test_train_on_one_corpus_and_test_on_another(tones, tmp_path):
+    for n in range(3):
+        write_tone(tmp_path / "other" / "happy" / f"{n}.wav", 700 + n)
+        write_tone(tmp_path / "other" / "sadness" / f"{n}.wav", 170 + n)
+        write_tone(tmp_path / "other" / "calm" / f"{n}.wav", 170 + n)
+    options = ("--arch", "lstm", "--repeats", "1", "--epochs", "1", "--segment-hop", "40", "--out", tmp_path / "out")
+    result = run_module("npser.train", *options, "--data", tones, "--test-data", tmp_path / "other")
+    assert result.returncode == 0, result.stderr
+    assert "1 fold, training and test as given, x 1 repeat" in result.stdout
+    fold = json.loads((tmp_path / "out" / "folds" / "r0f0.json").read_text())
+    assert sorted(u["file"] for u in fold["utterances"]) == [
+        f"other/{emotion}/{n}.wav" for emotion in ("happy", "sadness") for n in range(3)
+    ]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["corpus"].endswith("-to-other")
+
+
+def test_a_split_needs_one_that_is_given(tones, tmp_path):
+    for options, said in [
+        (("--cv", "split"), "a .csv file with a column split"),
+        (("--test-data", tones, "--cv", "speaker"), "--cv speaker cannot be"),
+        (("--test-data", tones, "--folds", "3"), "makes one fold"),
+        (("--test-data", "demo"), "built-in corpus"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            train.main(["--arch", "lstm", "--data", str(tones), "--out", str(tmp_path), *map(str, options)])
