@@ -53,7 +53,7 @@ class Fold:
 
 
 def make_folds(corpus: Corpus, cv: str, folds: int, repeats: int, seed: int) -> list[Fold]:
-    """All folds of a run, repeat after repeat; cv: "stratified" (another deal in every repeat), "speaker" or "split"."""
+    """All folds of a run, repeat after repeat; cv: "stratified" (dealt anew in every repeat), "speaker" or "split"."""
     made = []
     for repeat in range(repeats):
         if cv == "speaker":

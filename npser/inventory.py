@@ -11,11 +11,11 @@ import soundfile
 from npser.audio import open_recording
 from npser.cli import Parser
 from npser.corpus import Corpus, open_corpus
+from npser.document import Table, text_table
 from npser.errors import UserError
 from npser.fetch import emodb_manifest
 from npser.layouts import LAYOUTS
 from npser.progress import duration
-from npser.report import Table, text_table
 
 _SHOWN = 10  # skipped files that are listed without --all
 

@@ -33,8 +33,6 @@ DEMO_SEGMENT_HOP = {"cnn": 16, "lstm": 16, "tdcnn": 56}
 DEMO_BATCH_SIZE = 16
 DEMO_FOLDS, DEMO_REPEATS = 2, 1
 
-MAY_CHANGE = ("vote", "backend", "threads", "only", "versions", "checkpoint")
-
 
 def repeat_and_fold(text: str) -> tuple[int, int]:
     """An argparse type: R.F, repeat and fold counted from 0."""
@@ -284,7 +282,7 @@ def _cross_validate(options: argparse.Namespace, corpus: "Corpus", config: dict[
 
 
 def _open_folder(options: argparse.Namespace, config: dict[str, Any]) -> "RunFolder":
-    from npser.runfolder import RunFolder
+    from npser.runfolder import MAY_CHANGE, RunFolder
 
     out = options.out or Path("runs") / f"{config['arch']}-{config['corpus']}-s{config['seed']}"
     return RunFolder.open_or_create(out, config, MAY_CHANGE)
