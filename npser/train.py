@@ -19,6 +19,7 @@ from npser.errors import RunFailed, UserError
 if TYPE_CHECKING:
     from npser.corpus import Corpus
     from npser.crossval import Frames, Settings
+    from npser.models import Model
     from npser.progress import Progress
     from npser.runfolder import RunFolder
 
@@ -125,6 +126,20 @@ def parser() -> argparse.ArgumentParser:
     )
     how.add_argument("--save", type=Path, metavar="MODEL.npz", help="with --cv none: where to save the model")
     how.add_argument(
+        "--storage",
+        default="float32",
+        choices=("float32", "float16"),
+        help="with --cv none: how the model's parameters are stored; float16 halves the file (tdcnn: 587 MB), and what "
+        "that changes in its decisions is measured and printed (default: float32)",
+    )
+    how.add_argument(
+        "--score-from",
+        type=Path,
+        metavar="FOLDER",
+        help="with --cv none: the run folder of a cross-validation with the same settings, whose score the model file "
+        "then carries",
+    )
+    how.add_argument(
         "--checkpoint",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -144,6 +159,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError("--backend cuda: there is no GPU backend yet: use --backend cpu")
     if options.save and options.cv != "none":
         raise UserError("--save: a cross-validation has no single model to save: add --cv none")
+    for name, given in (("--score-from", options.score_from), ("--storage float16", options.storage == "float16")):
+        if given and options.cv != "none":
+            raise UserError(f"{name}: a cross-validation has no single model to save: add --cv none")
     if options.only and options.cv == "none":
         raise UserError("--only: there are no folds with --cv none")
     if options.test_data and options.cv not in (None, "split"):
@@ -312,10 +330,12 @@ def _fit_everything(options: argparse.Namespace, corpus: "Corpus", config: dict[
 
     from npser.crossval import train_on, training_steps
     from npser.frontend import read_frames
+    from npser.modelfile import score_of
     from npser.models import input_frames
     from npser.progress import Progress
     from npser.trainer import Checkpoint
 
+    score = _measured_score(options.score_from, config) if options.score_from else None
     config |= {"folds": 0, "repeats": 1}
     folder = _open_folder(options, config)
     path = options.save or folder.path / "model.npz"
@@ -340,15 +360,70 @@ def _fit_everything(options: argparse.Namespace, corpus: "Corpus", config: dict[
         frames, corpus.targets, everything, len(corpus.labels), settings, words, progress, checkpoint
     )
     model.labels, model.training = corpus.labels, {**config, "machine": machine()}
+    model.cross_validation = score
     try:
-        model.save(path)
+        model.save(path, options.storage)
     except OSError as error:
         raise RunFailed(f"--save {path}: cannot be written ({error.strerror})") from error
+    except ValueError as error:
+        raise RunFailed(f"--storage {options.storage}: {error}; save as float32") from error
     checkpoint_path.unlink(missing_ok=True)
     print(
         f"saved {path}: training accuracy of the last epoch {100 * epochs[-1].accuracy:.1f} %, of windows, dropout on"
     )
+    if score:
+        print(f"it carries the score of {options.score_from}: {score_of(score)}")
+    if options.storage == "float16":
+        print(_rounding_loss(model, path, frames, corpus, settings.segment_hop))
     return 0
+
+
+def _measured_score(run: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a cross-validation for the model file; UserError unless it is of the same settings and data."""
+    from npser.analysis import speaker_matrices, uar_interval
+    from npser.comparison import summary_of
+    from npser.runfolder import RunFolder
+
+    folder = RunFolder.open(run)
+    same = ("arch", "utterances_sha256", "labels", "epochs", "batch_size", "segment_hop", "optimiser", "features")
+    differing = [key for key in same if folder.config.get(key) != config[key]]
+    if differing:
+        raise UserError(f"--score-from {run}: another training, its {', '.join(differing)} are not those of this one")
+    results = folder.load_folds()
+    if not results:
+        raise UserError(f"--score-from {run}: no fold is finished there")
+    summary = summary_of((run, folder.config, results))
+    interval = uar_interval(speaker_matrices(results, folder.config["vote"]))
+    return {
+        "cv": folder.config.get("cv"),
+        "folds": len(results),
+        "vote": folder.config["vote"],
+        "average_f1": summary.average_f1.mean,
+        "uar": summary.uar.pooled,
+        "uar_interval": [interval.low, interval.high] if interval else None,
+        "accuracy": summary.accuracy.pooled,
+    }
+
+
+def _rounding_loss(model: "Model", path: Path, frames: "Frames", corpus: "Corpus", hop: int) -> str:
+    """What storing the parameters as float16 changes, measured on all utterances of the corpus."""
+    import numpy as np
+
+    from npser.features import WindowSet
+    from npser.models import load_model
+    from npser.trainer import evaluate
+
+    assert model.scale is not None
+    windows = WindowSet(frames, model.scale, model.input_frames, hop)
+    exact = evaluate(model, windows).probabilities
+    rounded = evaluate(load_model(path, model.backend), windows).probabilities
+    right = [100 * float((p.argmax(axis=1) == corpus.targets).mean()) for p in (exact, rounded)]
+    changed = int((exact.argmax(axis=1) != rounded.argmax(axis=1)).sum())
+    return (
+        f"float16: {path.stat().st_size / 1e6:.2f} MB; of {len(frames)} training utterances {changed} get another "
+        f"label than with float32 ({right[0]:.2f} % right with float32, {right[1]:.2f} % with float16), and no "
+        f"probability changes by more than {np.abs(exact - rounded).max():.1e}"
+    )
 
 
 if __name__ == "__main__":

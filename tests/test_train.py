@@ -320,3 +320,34 @@ def test_a_split_needs_one_that_is_given(tones, tmp_path):
     ]:
         with pytest.raises(UserError, match=said):
             train.main(["--arch", "lstm", "--data", str(tones), "--out", str(tmp_path), *map(str, options)])
+
+
+def test_model_with_the_score_of_its_cross_validation_stored_as_float16(finished, tones, tmp_path):
+    options = [o for o in SHORT if o not in ("--folds", "2", "--repeats", "1")]
+    options += ["--data", tones, "--cv", "none", "--out", tmp_path / "out", "--save", tmp_path / "m.npz"]
+    result = run_module("npser.train", *options, "--score-from", finished, "--storage", "float16")
+    assert result.returncode == 0, result.stderr
+    loss = re.search(r"float16: 0\.\d+ MB; of 14 training utterances (\d+) get another label", result.stdout)
+    assert loss
+    assert "no probability changes by more than" in result.stdout
+    model = load_model(tmp_path / "m.npz")
+    assert model.params["lstm1.wx"].dtype == np.float32
+    np.testing.assert_array_equal(
+        model.params["lstm1.wx"].astype(np.float16).astype(np.float32), model.params["lstm1.wx"]
+    )
+    folds = [json.loads((finished / "folds" / f"r0f{f}.json").read_text())["confusion"]["sum"] for f in (0, 1)]
+    matrix = np.sum(folds, axis=0)
+    assert model.cross_validation["folds"] == 2
+    assert model.cross_validation["uar"] == pytest.approx(np.mean(np.diagonal(matrix) / matrix.sum(axis=1)))
+    assert model.training["corpus"] in result.stdout
+
+
+def test_the_score_of_another_training_is_refused(finished, tones, tmp_path):
+    base = ["--arch", "lstm", "--data", str(tones), "--cv", "none", "--out", str(tmp_path / "o"), "--epochs", "3"]
+    for options, said in [
+        (["--segment-hop", "8", "--score-from", str(finished)], "its segment_hop are not"),
+        (["--segment-hop", "40", "--score-from", str(tmp_path)], "not a run folder"),
+        (["--cv", "stratified", "--storage", "float16"], "no single model"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            train.main([*base, *options])
