@@ -9,7 +9,7 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from npser.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
     from npser.corpus import Corpus
-    from npser.crossval import Frames, Settings
+    from npser.crossval import Fold, Frames, Settings
     from npser.models import Model
     from npser.progress import Progress
     from npser.runfolder import RunFolder
@@ -119,6 +119,14 @@ def parser() -> argparse.ArgumentParser:
     )
     how.add_argument("--threads", type=whole(1), metavar="N", help="processor cores to use (default: all)")
     how.add_argument(
+        "--workers",
+        type=whole(1),
+        default=1,
+        metavar="N",
+        help="folds that are computed side by side, in processes that share the threads; each needs the memory of a "
+        "whole training (default: 1)",
+    )
+    how.add_argument(
         "--out",
         type=Path,
         metavar="FOLDER",
@@ -167,7 +175,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.test_data and options.cv not in (None, "split"):
         raise UserError(f"--test-data: what is tested on is given, so --cv {options.cv} cannot be: leave it away")
     options.cv = options.cv or ("split" if options.test_data else "stratified")
+    if options.workers > 1 and options.cv == "none":
+        raise UserError("--workers: there are no folds with --cv none")
     threads = set_threads(options.threads, options.backend)
+    if options.workers > threads:
+        raise UserError(f"--workers {options.workers}: they share {threads} threads: use at most so many")
+    threads //= options.workers
 
     from npser.corpus import cross_corpus, open_corpus
 
@@ -195,12 +208,11 @@ def _config(options: argparse.Namespace, corpus: "Corpus", threads: int, demo: b
         folds = 1
         if options.folds not in (None, 1):
             raise UserError(f"--folds {options.folds}: a given split of training and test makes one fold")
-    listing = "\n".join(f"{u.name}\t{u.speaker}\t{u.emotion}" for u in corpus.utterances)
     return {
         "arch": arch,
         "corpus": corpus.name,
         "utterances": len(corpus.utterances),
-        "utterances_sha256": hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest(),
+        "utterances_sha256": listing_sha256(corpus),
         "labels": list(corpus.labels),
         "cv": options.cv,
         "folds": folds,
@@ -218,7 +230,14 @@ def _config(options: argparse.Namespace, corpus: "Corpus", threads: int, demo: b
     }
 
 
-def _settings(config: dict[str, Any]) -> "Settings":
+def listing_sha256(corpus: "Corpus") -> str:
+    """Of which utterances a run is made."""
+    listing = "\n".join(f"{u.name}\t{u.speaker}\t{u.emotion}" for u in corpus.utterances)
+    return hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def settings_of(config: Mapping[str, Any]) -> "Settings":
+    """The part of a configuration that decides the numbers."""
     from npser.crossval import Settings
 
     names = ("arch", "backend", "seed", "epochs", "batch_size", "segment_hop", "vote")
@@ -277,7 +296,7 @@ def _cross_validate(options: argparse.Namespace, corpus: "Corpus", config: dict[
             f"and folds 0 to {config['folds'] - 1}"
         )
     frames = read_frames(corpus, config["backend"], config["threads"])
-    settings = _settings(config)
+    settings = settings_of(config)
     length = input_frames(config["arch"])
     finished = set(folder.finished())
     waiting = [fold for fold in chosen if (fold.repeat, fold.number) not in finished]
@@ -288,15 +307,39 @@ def _cross_validate(options: argparse.Namespace, corpus: "Corpus", config: dict[
     if waiting:
         _warn_of_compilation(config["backend"], progress)
     about = {key: config[key] for key in ("backend", "threads", "vote", "versions")} | {"machine": machine()}
-    for fold in waiting:
-        progress.begin_fold(f"fold {fold.name}", steps[fold.name])
-        run_fold(corpus, frames, fold, settings, folder, progress, options.checkpoint, about)
+    if options.workers > 1 and len(waiting) > 1:
+        _in_processes(options, folder, waiting, about | {"workers": options.workers})
+    else:
+        for fold in waiting:
+            progress.begin_fold(f"fold {fold.name}", steps[fold.name])
+            run_fold(corpus, frames, fold, settings, folder, progress, options.checkpoint, about)
     if not waiting:
         folder.write_tables()  # the vote may have changed
     print()
     print(render_text(folder.config, folder.load_folds()), end="")
     print(f"\nEverything is in {folder.path}: report.md, predictions.csv, folds/.")
     return 0
+
+
+def _in_processes(
+    options: argparse.Namespace, folder: "RunFolder", waiting: "list[Fold]", about: dict[str, Any]
+) -> None:
+    """--workers: the folds side by side."""
+    from npser.workers import Job, run_locally
+
+    jobs = [
+        Job(
+            data=options.data,
+            test_data=options.test_data,
+            config=folder.config,
+            repeat=fold.repeat,
+            fold=fold.number,
+            checkpoint=str(folder.checkpoint_path(fold.repeat, fold.number)) if options.checkpoint else None,
+            about=about,
+        )
+        for fold in waiting
+    ]
+    run_locally(jobs, folder, options.workers)
 
 
 def _open_folder(options: argparse.Namespace, config: dict[str, Any]) -> "RunFolder":
@@ -342,7 +385,7 @@ def _fit_everything(options: argparse.Namespace, corpus: "Corpus", config: dict[
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise UserError(f"--save {path}: the folder {path.parent} is not there or cannot be written to")
     frames = read_frames(corpus, config["backend"], config["threads"])
-    settings = _settings(config)
+    settings = settings_of(config)
     everything = np.arange(len(frames))
     total = training_steps(frames, corpus.targets, everything, input_frames(config["arch"]), settings)
     plan = (
