@@ -127,6 +127,13 @@ def parser() -> argparse.ArgumentParser:
         "whole training (default: 1)",
     )
     how.add_argument(
+        "--dask",
+        metavar="ADDRESS",
+        help="give the folds to the workers of this dask.distributed scheduler, tcp://host:8786 for one, which were "
+        "started with --nthreads 1 and find --data under the same name; --threads is for each of them (needs "
+        "pip install 'npser[dask]')",
+    )
+    how.add_argument(
         "--out",
         type=Path,
         metavar="FOLDER",
@@ -175,8 +182,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.test_data and options.cv not in (None, "split"):
         raise UserError(f"--test-data: what is tested on is given, so --cv {options.cv} cannot be: leave it away")
     options.cv = options.cv or ("split" if options.test_data else "stratified")
-    if options.workers > 1 and options.cv == "none":
-        raise UserError("--workers: there are no folds with --cv none")
+    if (options.workers > 1 or options.dask) and options.cv == "none":
+        raise UserError(f"{'--dask' if options.dask else '--workers'}: there are no folds with --cv none")
+    if options.workers > 1 and options.dask:
+        raise UserError("--workers: the scheduler of --dask knows its workers: leave --workers away")
     threads = set_threads(options.threads, options.backend)
     if options.workers > threads:
         raise UserError(f"--workers {options.workers}: they share {threads} threads: use at most so many")
@@ -307,8 +316,8 @@ def _cross_validate(options: argparse.Namespace, corpus: "Corpus", config: dict[
     if waiting:
         _warn_of_compilation(config["backend"], progress)
     about = {key: config[key] for key in ("backend", "threads", "vote", "versions")} | {"machine": machine()}
-    if options.workers > 1 and len(waiting) > 1:
-        _in_processes(options, folder, waiting, about | {"workers": options.workers})
+    if options.dask or (options.workers > 1 and len(waiting) > 1):
+        _in_processes(options, folder, waiting, about | {"workers": options.dask or options.workers})
     else:
         for fold in waiting:
             progress.begin_fold(f"fold {fold.name}", steps[fold.name])
@@ -324,9 +333,10 @@ def _cross_validate(options: argparse.Namespace, corpus: "Corpus", config: dict[
 def _in_processes(
     options: argparse.Namespace, folder: "RunFolder", waiting: "list[Fold]", about: dict[str, Any]
 ) -> None:
-    """--workers: the folds side by side."""
-    from npser.workers import Job, run_locally
+    """--workers and --dask: the folds side by side."""
+    from npser.workers import Job, run_locally, run_on_dask
 
+    keep = options.checkpoint and not options.dask  # other machines do not see the run folder
     jobs = [
         Job(
             data=options.data,
@@ -334,12 +344,17 @@ def _in_processes(
             config=folder.config,
             repeat=fold.repeat,
             fold=fold.number,
-            checkpoint=str(folder.checkpoint_path(fold.repeat, fold.number)) if options.checkpoint else None,
+            checkpoint=str(folder.checkpoint_path(fold.repeat, fold.number))
+            if options.checkpoint and not options.dask
+            else None,
             about=about,
         )
         for fold in waiting
     ]
-    run_locally(jobs, folder, options.workers)
+    if options.dask:
+        run_on_dask(jobs, folder, options.dask)
+    else:
+        run_locally(jobs, folder, options.workers)
 
 
 def _open_folder(options: argparse.Namespace, config: dict[str, Any]) -> "RunFolder":

@@ -1,4 +1,4 @@
-"""The folds of a cross-validation in several processes: they are independent of each other.
+"""The folds of a cross-validation in several processes, here or on other machines: they are independent of each other.
 
 `run_folds` hands folds to any `concurrent.futures.Executor` and saves what comes back here, in the process that owns
 the run folder. A fold is a function of corpus, settings and seed alone: where it is computed changes nothing.
@@ -43,7 +43,7 @@ class Job:
 
 def compute(job: Job) -> "FoldResult":
     """Compute a fold, in a worker. RunFailed when the training diverges, UserError when its corpus is another one."""
-    from npser.cli import set_threads
+    from npser.cli import machine, set_threads
 
     set_threads(job.config["threads"], job.config["backend"])
     from pathlib import Path
@@ -61,7 +61,7 @@ def compute(job: Job) -> "FoldResult":
     silent = Progress(0, io.StringIO())
     silent.begin_fold(f"fold {job.name}", 0)
     path = Path(job.checkpoint) if job.checkpoint else None
-    return train_and_test(corpus, frames, fold, settings_of(config), silent, path, job.about)
+    return train_and_test(corpus, frames, fold, settings_of(config), silent, path, {**job.about, "machine": machine()})
 
 
 @lru_cache(maxsize=1)
@@ -125,3 +125,29 @@ def run_locally(
 def spawned(workers: int) -> ProcessPoolExecutor:
     """Spawned processes, never forked ones: GNU OpenMP aborts in a forked child's first parallel region."""
     return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+
+
+def run_on_dask(jobs: Iterable[Job], folder: "RunFolder", address: str) -> None:
+    """`run_folds` on the workers of a dask.distributed scheduler; a fold whose worker is lost goes to another one.
+
+    UserError when no scheduler answers or its workers cannot be used.
+    """
+    try:
+        from distributed import Client, KilledWorker
+    except ImportError as error:
+        raise UserError("--dask: needs dask.distributed: pip install 'npser[dask]'") from error
+    try:
+        client = Client(address, timeout=10, set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--dask {address}: no scheduler answers there ({' '.join(str(error).split())})") from error
+    with client:
+        threads = client.nthreads().values()
+        if not threads:
+            raise UserError(f"--dask {address}: no worker is connected: dask worker --nthreads 1 {address}")
+        if max(threads) > 1:  # the kernels run threads of their own, and must not be called from several at once
+            raise UserError(f"--dask {address}: workers must compute one fold at a time: start them with --nthreads 1")
+        jobs = list(jobs)
+        try:
+            run_folds(client.get_executor(pure=False), jobs, folder, len(jobs))
+        except KilledWorker as error:
+            raise RunFailed("--dask: a fold lost its worker several times; the finished folds are kept") from error

@@ -3,11 +3,14 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 import pytest
-from conftest import run_module
+from conftest import ROOT, run_module
 
 from npser import train, workers
 from npser.errors import RunFailed, UserError
@@ -136,3 +139,84 @@ def test_a_worker_that_finds_other_utterances_says_so(tones):
     config = {"backend": "cpu", "threads": 1, "utterances_sha256": "0"}
     with pytest.raises(UserError, match="other utterances"):
         workers.compute(workers.Job(str(tones), None, config, 0, 0, None, {}))
+
+
+# --- dask.distributed, with a real scheduler -------------------------------------------------------------------------
+
+
+class Cluster:
+    """A scheduler and workers, each a process of its own, on this machine."""
+
+    def __init__(self, folder, environment):
+        self.environment, self.address_file = environment, folder / "scheduler.json"
+        self.processes = [self._start("scheduler", "--port", "0", "--no-dashboard", "--scheduler-file")]
+        deadline = time.monotonic() + 120
+        while not self.address_file.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(0.2)  # until it is written whole
+        self.address = json.loads(self.address_file.read_text())["address"]
+
+    def _start(self, what, *options):
+        command = [sys.executable, "-m", "distributed.cli.dask_" + what, *options, str(self.address_file)]
+        return subprocess.Popen(command, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def worker(self, threads="1"):
+        options = ("--nthreads", threads, "--no-nanny", "--no-dashboard", "--scheduler-file")
+        self.processes.append(self._start("worker", *options))
+        return self.processes[-1]
+
+    def wait_for(self, workers):
+        from distributed import Client
+
+        with Client(self.address, timeout=60, set_as_default=False) as client:
+            client.wait_for_workers(workers, timeout=120)
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    pytest.importorskip("distributed", reason="needs pip install 'npser[dask]'")
+    cluster = Cluster(tmp_path, os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"})
+    yield cluster
+    for process in cluster.processes:
+        process.kill()
+        process.wait()
+
+
+def test_dask_with_a_worker_killed_half_way_gives_what_one_process_gives(cluster, tones, tmp_path):
+    alone = run_module("npser.train", *SHORT, "--data", tones, "--out", tmp_path / "one")
+    assert alone.returncode == 0, alone.stderr
+    victim, _ = cluster.worker(), cluster.worker()
+    cluster.wait_for(2)
+    command = [sys.executable, "-m", "npser.train", *SHORT, "--data", tones, "--out", tmp_path / "two"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.Popen([*command, "--dask", cluster.address], env=environment, stderr=subprocess.PIPE, text=True)
+    for line in run.stderr:
+        if " done in " in line:  # the first fold is there, the others are at work
+            victim.send_signal(signal.SIGKILL)
+            break
+    rest = run.stderr.read()
+    assert run.wait(timeout=300) == 0, rest
+    assert victim.wait() == -signal.SIGKILL
+    assert len(numbers(tmp_path / "two")) == 3
+    assert numbers(tmp_path / "one") == numbers(tmp_path / "two")
+
+
+def test_dask_that_cannot_be_used(cluster, tones, tmp_path):
+    base = ["--arch", "lstm", "--data", str(tones), "--out", str(tmp_path / "o"), "--threads", "1", "--folds", "2"]
+    with pytest.raises(UserError, match="no worker is connected"):
+        train.main([*base, "--dask", cluster.address])
+    cluster.worker(threads="2")
+    cluster.wait_for(1)
+    with pytest.raises(UserError, match="--nthreads 1"):
+        train.main([*base, "--dask", cluster.address])
+
+
+def test_without_dask(tones, tmp_path, monkeypatch):
+    base = ["--arch", "lstm", "--data", str(tones), "--out", str(tmp_path / "o"), "--folds", "2"]
+    with pytest.raises(UserError, match="leave --workers away"):
+        train.main([*base, "--workers", "2", "--dask", "tcp://127.0.0.1:9"])
+    with pytest.raises(UserError, match="--dask: there are no folds"):
+        train.main([*base, "--cv", "none", "--dask", "tcp://127.0.0.1:9"])
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(UserError, match=r"pip install 'npser\[dask\]'"):
+        train.main([*base, "--dask", "tcp://127.0.0.1:9"])
