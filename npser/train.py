@@ -344,9 +344,7 @@ def _in_processes(
             config=folder.config,
             repeat=fold.repeat,
             fold=fold.number,
-            checkpoint=str(folder.checkpoint_path(fold.repeat, fold.number))
-            if options.checkpoint and not options.dask
-            else None,
+            checkpoint=str(folder.checkpoint_path(fold.repeat, fold.number)) if keep else None,
             about=about,
         )
         for fold in waiting
