@@ -12,9 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from npser.cli import Parser, machine, run, versions
+from npser.cli import Parser, machine, run, versions, whole
 from npser.errors import RunFailed, UserError
-from npser.train import whole
 
 SECTIONS = ("kernels", "train", "infer", "all")
 PACKAGES = ("torch", "jax", "onnxruntime")

@@ -4,6 +4,7 @@ import argparse
 import ctypes
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -57,6 +58,37 @@ def run(command: str, main: Callable[[], int]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
     sys.exit(status)
+
+
+def whole(least: int) -> Any:
+    """An argparse type: a whole number, at least so large."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"\d+", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return int(text)
+
+    return parse
+
+
+def set_threads(wanted: int | None, backend: str) -> int:
+    """Pin Numba, and (before NumPy is imported) the BLAS that it brings; returns the number of threads."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if wanted is not None and wanted > available:
+        raise UserError(f"--threads {wanted}: this machine has {available} cores: use at most so many")
+    threads = wanted or available
+    # The compiled kernels do without BLAS; a pool of its threads would only spin on the cores that they need.
+    for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
+        os.environ[variable] = str(threads if backend == "reference" else 1)
+    import numba
+
+    try:
+        numba.set_num_threads(threads)
+    except ValueError:
+        raise UserError(
+            f"--threads {threads}: NUMBA_NUM_THREADS={os.environ.get('NUMBA_NUM_THREADS')} allows fewer: unset it"
+        ) from None
+    return threads
 
 
 def versions() -> dict[str, Any]:

@@ -1,40 +1,27 @@
-"""Labelled recordings: EMO-DB, any folder of emotion folders, and the built-in demonstration corpus.
+"""Labelled recordings: corpora known by their file names, any folder of emotion folders, a CSV, the built-in corpus.
+
+    python -m npser.corpus PATH     what is in one
 
 `open_corpus` only lists files; the samples are read one utterance at a time by `Corpus.read`. Whatever is wrong with a
 folder or a file ends in a `UserError` that names it, so that a damaged recording cannot slip into a training run.
 """
 
-import math
+import csv
 import os
-import re
-import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import soundfile
 from numpy.typing import NDArray
-from scipy.signal import resample_poly
 
+from npser.audio import AUDIO_SUFFIXES
+from npser.audio import SAMPLE_RATE as SAMPLE_RATE
+from npser.audio import read_audio as read_audio
 from npser.errors import UserError
+from npser.layouts import recognise
 
-SAMPLE_RATE = 16000  # Hz
-FRAME = 256  # samples: a recording must fill one analysis frame
 PAPER_LABELS = ("neutral", "anger", "fear", "disgust", "sadness", "boredom", "happy")  # row order of the paper's tables
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif")
-
-# EMO-DB names its files speaker, text, emotion (initial of the German word), version: 03a01Wa.wav.
-EMODB_NAME = re.compile(r"(\d\d)([ab]\d\d)([WLEAFTN])([a-z]?)\.(?i:wav)")
-EMODB_EMOTIONS = {
-    "W": "anger",  # Wut (Ärger)
-    "L": "boredom",  # Langeweile
-    "E": "disgust",  # Ekel
-    "A": "fear",  # Angst
-    "F": "happy",  # Freude
-    "T": "sadness",  # Trauer
-    "N": "neutral",
-}
 
 
 @dataclass(frozen=True)
@@ -46,6 +33,7 @@ class Utterance:
     speaker: str  # "" if unknown
     text: str  # code of the spoken text, "" if unknown
     emotion: str
+    split: str = ""  # "train" or "test" where the corpus says on which side of an evaluation it belongs
 
 
 @dataclass(frozen=True)
@@ -71,83 +59,47 @@ class Corpus:
 
 
 def open_corpus(which: str) -> Corpus:
-    """List the corpus "demo", "emodb" or the folder `which`. UserError if there is no usable one."""
+    """List the corpus "demo", "emodb", the folder or the CSV file `which`. UserError if there is no usable one.
+
+    "emodb" is fetched if it is nowhere on this machine (RunFailed when that fails).
+    """
     if which == "demo":
         from npser.synthetic import demo_corpus  # here, because the synthesiser builds on this module
 
         return demo_corpus()
-    return _folder_corpus(_find_emodb() if which == "emodb" else Path(which))
+    if which == "emodb":
+        return _folder_corpus(_find_emodb())
+    path = Path(which)
+    return _csv_corpus(path) if path.suffix.lower() == ".csv" and path.is_file() else _folder_corpus(path)
 
 
-def read_audio(path: str | os.PathLike[str]) -> NDArray[np.float32]:
-    """Read any audio file: (samples,) float32, mono (mean of the channels), 16 kHz, within [-1, 1].
+def cross_corpus(train: Corpus, test: Corpus) -> Corpus:
+    """Both corpora as one, split into "train" and "test", with the emotions that they share.
 
-    Only a file that exceeds full scale (floating-point formats, overshoot of the resampling filter) is scaled, to
-    peak 1. UserError, naming the file: missing or unreadable, not audio, truncated, empty, silent, shorter than one
-    frame, or with samples that are not finite.
+    Names and speakers are prefixed with the name of their corpus. UserError when fewer than two emotions are shared.
     """
-    path = os.fspath(path)
-    if not os.path.exists(path):
-        raise UserError(f"{path}: no such file")
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: not a file; name an audio file")
-    try:
-        if os.path.getsize(path) == 0:
-            raise UserError(f"{path}: empty, it holds no bytes; copy it again")
-        if _header_promises_more(path):
-            raise UserError(f"{path}: truncated, the header promises more data than the file holds; copy it again")
-        samples, rate, promised = _decode(path)
-    except (OSError, RuntimeError, TypeError) as error:  # soundfile raises all three; TypeError is for headerless .raw
-        reason = " ".join(str(getattr(error, "error_string", error)).split())
-        raise UserError(f"{path}: cannot be read as audio ({reason}); copy it again or convert it to WAV") from error
-    if samples.size == 0:
-        raise UserError(f"{path}: empty, it holds no samples; remove it or record it again")
-    # The length of an MP3 file without an index is an estimate: a shortage of up to two of its frames is no damage.
-    if samples.size < promised - (2 * 1152 if path.lower().endswith(".mp3") else 0):
-        raise UserError(f"{path}: truncated, {samples.size} of {promised} samples could be read; copy it again")
-    if not np.isfinite(samples).all():
-        raise UserError(f"{path}: holds samples that are not finite (NaN or infinity); export it again")
-    if samples.min() == samples.max():
-        raise UserError(f"{path}: silent, all its samples are equal; remove it or record it again")
-    if not 1000 <= rate <= 768_000:  # the resampling filter grows with the rate: a damaged one would exhaust memory
-        raise UserError(f"{path}: sample rate of {rate} Hz is not that of a speech recording; convert it to 16 kHz")
-    if rate != SAMPLE_RATE:
-        common = math.gcd(rate, SAMPLE_RATE)
-        samples = resample_poly(samples, SAMPLE_RATE // common, rate // common)
-    if samples.size < FRAME:
-        raise UserError(f"{path}: {samples.size} samples at 16 kHz are shorter than one frame of {FRAME}; remove it")
-    peak = float(np.abs(samples).max())
-    return np.ascontiguousarray(samples / max(peak, 1.0), dtype=np.float32)
-
-
-def _decode(path: str) -> tuple[NDArray[np.float64], int, int]:
-    """Return (samples,) averaged over channels, the rate in Hz and the number of samples that the header promises.
-
-    Block by block, so that memory grows with what the file really holds and not with what its header claims.
-    """
-    with soundfile.SoundFile(path) as file:
-        block = max(1, (1 << 20) // file.channels)
-        blocks: list[NDArray[np.float64]] = []
-        while len(samples := file.read(block, dtype="float64", always_2d=True)):
-            blocks.append(samples.mean(axis=1))
-        return np.concatenate([*blocks, np.empty(0)]), file.samplerate, file.frames
-
-
-def _header_promises_more(path: str) -> bool:
-    """Whether the sample chunk of a WAV or AIFF file is longer than the file: libsndfile would shorten it silently."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        container = file.read(12)[:4]
-        if container not in (b"RIFF", b"RIFX", b"FORM"):
-            return False
-        order = "<" if container == b"RIFF" else ">"
-        while len(header := file.read(8)) == 8:
-            length = struct.unpack(order + "I", header[4:])[0]
-            if header[:4] in (b"data", b"SSND"):
-                # Programs that write into a pipe cannot know the length and put (nearly) the largest one there.
-                return file.tell() + length > size and length < 0x7FFF0000
-            file.seek(length + length % 2, os.SEEK_CUR)  # chunks start at even offsets
-    return False
+    if "demo" in (train.name, test.name):
+        raise UserError("--test-data: the built-in corpus is made of no files: python -m npser.synthetic writes them")
+    shared = tuple(label for label in train.labels if label in test.labels)
+    if len(shared) < 2:
+        raise UserError(
+            f"--test-data: {train.name} and {test.name} share {', '.join(shared) or 'no emotion'}, at least two are "
+            f"needed: {train.name} has {', '.join(train.labels)}; {test.name} has {', '.join(test.labels)}"
+        )
+    utterances: list[Utterance] = []
+    skipped: list[str] = []
+    for split, corpus in (("train", train), ("test", test)):
+        prefix = corpus.name if train.name != test.name else f"{corpus.name}-{split}"
+        skipped += [f"{prefix}/{line}" for line in corpus.skipped]
+        for u in corpus.utterances:
+            name = f"{prefix}/{u.name}"
+            if u.emotion in shared:
+                speaker = u.speaker and f"{prefix}:{u.speaker}"
+                utterances.append(Utterance(u.path, name, speaker, u.text, u.emotion, split))
+            else:
+                skipped.append(f"{name}: {u.emotion} is in only one of the two corpora")
+    utterances.sort(key=lambda u: u.name)
+    return Corpus(f"{train.name}-to-{test.name}", shared, tuple(utterances), tuple(skipped), _read_utterance)
 
 
 def user_cache() -> Path:
@@ -156,40 +108,40 @@ def user_cache() -> Path:
 
 
 def _find_emodb() -> Path:
-    """Return the folder of EMO-DB. UserError if it is in neither of the two places."""
+    """Return the folder of EMO-DB: $NPSER_DATA/emodb, else the one in the user's cache folder, fetched if need be."""
     if data := os.environ.get("NPSER_DATA"):
         folder = Path(data) / "emodb"
         if folder.exists():
             return folder
     cache = user_cache() / "emodb"
-    if cache.exists():
-        return cache
-    raise UserError(
-        f"--data emodb: found neither $NPSER_DATA/emodb nor {cache}; "
-        "set NPSER_DATA to the folder that holds emodb, or pass --data FOLDER"
-    )
+    if not cache.exists():
+        from npser.fetch import fetch_emodb  # here, because few need it
+
+        fetch_emodb(cache)
+    return cache
 
 
 def _folder_corpus(folder: Path) -> Corpus:
-    """List a folder, by EMO-DB file names if there is one, else by the folder that each file lies in."""
+    """List a folder, by the file names of a known corpus if there are any, else by the folder that each lies in."""
     if not folder.exists():
         raise UserError(f"--data {folder}: no such folder")
     if not folder.is_dir():
-        raise UserError(f"--data {folder}: not a folder; name the folder that holds the recordings")
+        raise UserError(f"--data {folder}: not a folder; name the folder that holds the recordings, or a .csv file")
     root = folder.resolve()
-    names = sorted(_audio_names(root))
+    names = sorted(audio_names(root))
     if not names:
         raise UserError(f"--data {folder}: no audio file in it ({' '.join(AUDIO_SUFFIXES)})")
-    is_emodb = any(EMODB_NAME.fullmatch(_base_name(name)) for name in names)
+    layout = recognise(names)
     utterances: list[Utterance] = []
     skipped: list[str] = []
     for name in names:
-        match = EMODB_NAME.fullmatch(_base_name(name))
         path = str(root / name)
-        if match:
-            utterances.append(Utterance(path, name, match[1], match[2], EMODB_EMOTIONS[match[3]]))
-        elif is_emodb:
-            skipped.append(f"{name}: not an EMO-DB file name")
+        if layout:
+            parsed = layout.parse(name)
+            if parsed:
+                utterances.append(Utterance(path, name, parsed.speaker, parsed.text, parsed.emotion))
+            else:
+                skipped.append(f"{name}: not {layout.file_name}")
         elif "/" not in name:
             skipped.append(f"{name}: lies in no emotion folder")
         else:
@@ -199,24 +151,73 @@ def _folder_corpus(folder: Path) -> Corpus:
             f"--data {folder}: none of its {len(names)} audio files lies in an emotion folder; "
             "put each into a sub-folder named after its emotion"
         )
+    return _corpus(f"--data {folder}", layout.name if layout else root.name, utterances, skipped)
+
+
+def _csv_corpus(file: Path) -> Corpus:
+    """List the recordings that a CSV file names: columns path and emotion, and speaker, text, split if it has them.
+
+    Paths are relative to the CSV file. UserError, naming file and line, for a row that cannot be used.
+    """
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as lines:
+            first = lines.readline()
+            delimiter = max(",;\t", key=first.count)
+            columns = [column.strip().lower() for column in next(csv.reader([first], delimiter=delimiter), [])]
+            missing = [column for column in ("path", "emotion") if column not in columns]
+            if missing:
+                raise UserError(
+                    f"--data {file}: its first line has no column {' and no column '.join(missing)}: "
+                    "path,speaker,emotion[,text][,split] are wanted"
+                )
+            rows = [(n, dict(zip(columns, row, strict=False))) for n, row in _csv_rows(lines, delimiter)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"--data {file}: cannot be read as CSV in UTF-8 ({error})") from error
+    utterances: list[Utterance] = []
+    skipped: list[str] = []
+    seen: set[str] = set()
+    for line, row in rows:
+        cells = {column: (row.get(column) or "").strip() for column in ("path", "speaker", "text", "emotion", "split")}
+        name = Path(cells["path"]).as_posix() if cells["path"] else ""
+        path = file.resolve().parent / name
+        if not name or not cells["emotion"]:
+            raise UserError(f"--data {file}: line {line} has no {'emotion' if name else 'path'}")
+        if not path.is_file():
+            raise UserError(f"--data {file}: line {line}: there is no file {path}")
+        if name in seen:
+            raise UserError(f"--data {file}: line {line}: {name} is there twice")
+        seen.add(name)
+        if "split" in columns and cells["split"] not in ("train", "test"):
+            skipped.append(f"{name}: its split is {cells['split'] or 'empty'}, neither train nor test")
+            continue
+        utterances.append(Utterance(str(path), name, cells["speaker"], cells["text"], cells["emotion"], cells["split"]))
+    if not utterances:
+        raise UserError(f"--data {file}: it names no recording that can be used")
+    return _corpus(f"--data {file}", file.stem, sorted(utterances, key=lambda u: u.name), skipped)
+
+
+def _csv_rows(lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """The rows behind the first line, empty ones left out, with their line numbers."""
+    reader = csv.reader(lines, delimiter=delimiter)
+    for row in reader:
+        if any(cell.strip() for cell in row):
+            yield reader.line_num + 1, row
+
+
+def _corpus(source: str, name: str, utterances: list[Utterance], skipped: list[str]) -> Corpus:
+    """The corpus of these utterances; UserError when they have only one emotion."""
     emotions = {u.emotion for u in utterances}
     if len(emotions) == 1:
-        raise UserError(f"--data {folder}: only one emotion ({utterances[0].emotion}); at least two are needed")
-    name = "demo-folder" if root.name == "demo" else root.name  # "demo" is the built-in corpus
-    return Corpus(
-        name="emodb" if is_emodb else name,
-        labels=_label_order(emotions),
-        utterances=tuple(utterances),
-        skipped=tuple(skipped),
-        read=_read_utterance,
-    )
+        raise UserError(f"{source}: only one emotion ({utterances[0].emotion}); at least two are needed")
+    name = "demo-folder" if name == "demo" else name  # "demo" is the built-in corpus
+    return Corpus(name, _label_order(emotions), tuple(utterances), tuple(skipped), _read_utterance)
 
 
-def _audio_names(root: Path) -> Iterator[str]:
+def audio_names(root: Path) -> Iterator[str]:
     """Yield the audio files below `root`, relative and with "/", leaving out whatever is hidden."""
 
     def refuse(error: OSError) -> None:
-        raise UserError(f"--data {root}: cannot list {error.filename} ({error.strerror})") from error
+        raise UserError(f"{root}: cannot list {error.filename} ({error.strerror}): check its permissions") from error
 
     seen: set[str] = set()  # real paths, because linked folders are followed and may form a loop
     for parent, folders, files in os.walk(root, onerror=refuse, followlinks=True):
@@ -231,10 +232,6 @@ def _audio_names(root: Path) -> Iterator[str]:
                 yield (Path(parent) / name).relative_to(root).as_posix()
 
 
-def _base_name(name: str) -> str:
-    return name.rsplit("/", 1)[-1]
-
-
 def _label_order(emotions: set[str]) -> tuple[str, ...]:
     """The paper's order if it has them all, else alphabetical."""
     if emotions <= set(PAPER_LABELS):
@@ -244,3 +241,10 @@ def _label_order(emotions: set[str]) -> tuple[str, ...]:
 
 def _read_utterance(utterance: Utterance) -> NDArray[np.float32]:
     return read_audio(utterance.path)  # a named function, because worker processes receive it by name
+
+
+if __name__ == "__main__":
+    from npser.cli import run
+    from npser.inventory import main
+
+    run("npser.corpus", main)

@@ -7,6 +7,7 @@ utterances -> one file in the run folder. Nothing of the test utterances is look
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,10 @@ from numpy.typing import NDArray
 from npser.corpus import Corpus
 from npser.errors import RunFailed
 from npser.features import Standardisation, WindowSet, window_count
-from npser.folds import Indices, speaker_folds, stratified_folds
+from npser.folds import Indices, speaker_folds, split_test, stratified_folds
 from npser.models import Model, build_model
 from npser.progress import Progress
-from npser.runfolder import RunFolder, fold_result
+from npser.runfolder import FoldResult, RunFolder, fold_result
 from npser.trainer import Checkpoint, Task, evaluate, fit, steps_per_epoch
 
 Frames = Sequence[NDArray[np.float32]]
@@ -53,11 +54,13 @@ class Fold:
 
 
 def make_folds(corpus: Corpus, cv: str, folds: int, repeats: int, seed: int) -> list[Fold]:
-    """All folds of a run, repeat after repeat; cv is "stratified" (another deal in every repeat) or "speaker"."""
+    """All folds of a run, repeat after repeat; cv: "stratified" (dealt anew in every repeat), "speaker" or "split"."""
     made = []
     for repeat in range(repeats):
         if cv == "speaker":
             tests = speaker_folds([u.speaker for u in corpus.utterances])
+        elif cv == "split":
+            tests = [split_test([u.split for u in corpus.utterances], corpus.targets, corpus.labels)]
         else:
             tests = stratified_folds(corpus.targets, folds, (seed, repeat), corpus.labels)
         everything = np.arange(len(corpus.utterances))
@@ -104,11 +107,24 @@ def run_fold(
     about: Mapping[str, Any],
 ) -> None:
     """Train and test one fold and save its result; `about` is recorded with it."""
+    path = folder.checkpoint_path(fold.repeat, fold.number) if with_checkpoint else None
+    folder.save_fold(train_and_test(corpus, frames, fold, settings, progress, path, about))
+
+
+def train_and_test(
+    corpus: Corpus,
+    frames: Frames,
+    fold: Fold,
+    settings: Settings,
+    progress: Progress,
+    checkpoint_path: Path | None,
+    about: Mapping[str, Any],
+) -> FoldResult:
+    """Train and test one fold; `about` is recorded with its result."""
     started = time.monotonic()
     targets = corpus.targets
     words = (settings.seed, fold.repeat, fold.number)
-    path = folder.checkpoint_path(fold.repeat, fold.number)
-    checkpoint = Checkpoint(path, f"{settings.arch} {words}", progress) if with_checkpoint else None
+    checkpoint = Checkpoint(checkpoint_path, f"{settings.arch} {words}", progress) if checkpoint_path else None
     try:
         model, epochs = train_on(frames, targets, fold.train, len(corpus.labels), settings, words, progress, checkpoint)
         assert model.scale is not None
@@ -117,7 +133,7 @@ def run_fold(
     except RunFailed as error:
         raise RunFailed(f"fold {fold.name}: {error}") from error
     tested = [corpus.utterances[i] for i in fold.test]
-    result = fold_result(
+    return fold_result(
         repeat=fold.repeat,
         fold=fold.number,
         labels=corpus.labels,
@@ -130,4 +146,3 @@ def run_fold(
         majority=votes.majority,
         run={**about, "seconds": round(time.monotonic() - started, 3)},
     )
-    folder.save_fold(result)

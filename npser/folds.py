@@ -69,6 +69,28 @@ def speaker_folds(speakers: Sequence[str]) -> list[Indices]:
     return [np.flatnonzero(speaker_of == name) for name in names]
 
 
+def split_test(splits: Sequence[str], targets: ArrayLike, labels: Sequence[str]) -> Indices:
+    """The utterances to test on where the corpus says it itself: sorted positions; all others are for training.
+
+    splits: (N,) "train" or "test"; targets (N,) classes; labels name them in messages.
+
+    Raises UserError when an utterance is on neither side, a side is empty, or a class has nothing to be learned from.
+    """
+    unknown = sum(split not in ("train", "test") for split in splits)
+    if unknown:
+        raise UserError(
+            f"--cv split: {unknown} of {len(splits)} utterances are neither for training nor for testing: it needs a "
+            ".csv file with a column split, or --test-data"
+        )
+    is_test = np.array([split == "test" for split in splits])
+    if is_test.all() or not is_test.any():
+        raise UserError(f"--cv split: nothing to {'train' if is_test.all() else 'test'} on")
+    untrained = np.setdiff1d(np.arange(len(labels)), np.asarray(targets)[~is_test])
+    if untrained.size:
+        raise UserError(f"--cv split: there is no {labels[untrained[0]]} to train on: leave it out of the test as well")
+    return np.flatnonzero(is_test)
+
+
 def random_oversampling(targets: ArrayLike, rng: np.random.Generator) -> Indices:
     """Random oversampling, the paper's remedy against class imbalance: make every class as large as the largest.
 

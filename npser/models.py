@@ -5,9 +5,7 @@ loss = model.train_step(x, y, sgd)       # x (B, input_frames, 128), y (B,)
 p = model.predict_proba(x)               # (B, 7)
 """
 
-import json
 import os
-import zipfile
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -17,8 +15,8 @@ from numpy.typing import DTypeLike, NDArray
 
 import kernels
 from kernels.reference import Array
+from npser import modelfile
 from npser.corpus import PAPER_LABELS
-from npser.errors import UserError
 from npser.features import BINS, Standardisation
 from npser.layers import (
     LSTM,
@@ -38,7 +36,6 @@ from npser.optim import SGD, Gradients
 
 ARCHITECTURES = ("cnn", "lstm", "tdcnn")
 WINDOWS, WINDOW_HOP = 4, 8  # tdcnn: windows in a sample, and frames from one to the next (paper, Fig. 5)
-FILE_FORMAT = 1
 
 
 # --- the three networks ------------------------------------------------------------------------------------------
@@ -126,6 +123,9 @@ class Maker:
         q, r = np.linalg.qr(self.rng.standard_normal((n, n)))
         return (q * np.sign(np.diag(r))).astype(self.dtype)
 
+    def _recurrent(self, hidden: int) -> Array:
+        return np.concatenate([self._orthogonal(hidden) for _ in range(4)], axis=1)
+
     def conv(self, name: str, channels: int, filters: int) -> ConvBlock:
         w = self._glorot((3, 3, channels, filters), 9 * channels, 9 * filters)
         return ConvBlock(self.k, name, w, np.zeros(filters, self.dtype))
@@ -135,7 +135,7 @@ class Maker:
 
     def lstm(self, name: str, inputs: int, hidden: int) -> LSTM:
         wx = self._glorot((inputs, 4 * hidden), inputs, hidden)
-        wh = np.concatenate([self._orthogonal(hidden) for _ in range(4)], axis=1)
+        wh = self._recurrent(hidden)
         b = np.zeros(4 * hidden, self.dtype)
         b[hidden : 2 * hidden] = 1  # the forget gate starts open
         return LSTM(self.k, name, wx, wh, b)
@@ -145,19 +145,22 @@ class Maker:
         return Dropout(self.k, rate, self.seed, self.dropouts)
 
 
-class _Sketch(Maker):
-    """Makes layers whose large arrays take no memory: enough to count parameters."""
+class _Blank(Maker):
+    """Makes layers whose arrays have their shapes and no values yet: to count parameters, or to read them from a file.
+
+    Memory that was not written to is not there: the largest network takes none until it is filled.
+    """
 
     def _glorot(self, shape: tuple[int, ...], fan_in: int, fan_out: int) -> Array:
-        return np.broadcast_to(self.dtype.type(0), shape)
+        return np.empty(shape, self.dtype)
 
-    def _orthogonal(self, n: int) -> Array:
-        return np.zeros((n, n), self.dtype)
+    def _recurrent(self, hidden: int) -> Array:
+        return np.empty((hidden, 4 * hidden), self.dtype)
 
 
 def parameter_count(arch: str, classes: int = 7) -> int:
     """The number of parameters of a network of the paper's size."""
-    layers = _NETWORKS[arch](_Sketch(kernels.rung("reference"), 0, "float32"), 32, _HIDDEN[arch], BINS, classes, 0.25)
+    layers = _NETWORKS[arch](_Blank(kernels.rung("reference"), 0, "float32"), 32, _HIDDEN[arch], BINS, classes, 0.25)
     return sum(value.size for value in Sequential(layers).params.values())
 
 
@@ -173,6 +176,7 @@ class Model:
 
     scale: Standardisation | None = None
     training: Mapping[str, Any] = {}  # settings of the training, for the model file
+    cross_validation: Mapping[str, Any] | None = None  # the score measured with these settings, for the model file
 
     def __init__(self, arch: str, settings: Mapping[str, Any], backend: str, layers: Sequential) -> None:
         self.arch, self.settings, self.backend = arch, dict(settings), backend
@@ -230,20 +234,9 @@ class Model:
         parts = [self._logits(x[i : i + batch_size], None) for i in range(0, len(x), batch_size)]
         return self.k.softmax(np.concatenate(parts)) if parts else np.empty((0, self.settings["classes"]), self.dtype)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the model file: an npz of plain arrays (no pickle), labels, settings and feature statistics inside."""
-        about = {
-            "format": FILE_FORMAT,
-            "arch": self.arch,
-            "settings": self.settings,
-            "labels": list(self.labels),
-            "training": dict(self.training),
-        }
-        arrays: dict[str, Any] = {f"params/{name}": value for name, value in self.params.items()}
-        if self.scale is not None:
-            arrays |= {"scale/mean": self.scale.mean, "scale/deviation": self.scale.deviation}
-        with open(path, "wb") as file:
-            np.savez(file, about=np.array(json.dumps(about)), **arrays)
+    def save(self, path: str | os.PathLike[str], storage: str = "float32") -> None:
+        """Write the model file, an npz of plain arrays; storage "float16" halves it. See `npser.modelfile`."""
+        modelfile.write(self, path, storage)
 
 
 def build_model(
@@ -264,45 +257,41 @@ def build_model(
     (width of the dense or LSTM layers), bins and classes make smaller twins for tests; windows are bins x bins, and
     what an architecture lacks is ignored. dtype float64 is for the reference rung. ValueError for anything else.
     """
-    if arch not in ARCHITECTURES:
-        raise ValueError(f"unknown architecture {arch!r}: choose one of {', '.join(ARCHITECTURES)}")
-    if dtype not in ("float32", "float64") or (dtype == "float64" and backend != "reference"):
-        raise ValueError(f"dtype {dtype!r} with backend {backend!r}: float32, or float64 on the reference rung")
-    least_bins = 1 if arch == "lstm" else 4  # two poolings leave a quarter
-    if min(filters, 1 if hidden is None else hidden, classes) < 1 or bins < least_bins or not 0 <= dropout < 1:
-        raise ValueError(f"filters, hidden and classes must be >= 1, bins >= {least_bins}, dropout in [0, 1)")
     settings = {
         "filters": filters,
-        "hidden": _HIDDEN[arch] if hidden is None else hidden,
+        "hidden": _HIDDEN.get(arch) if hidden is None else hidden,
         "bins": bins,
         "classes": classes,
         "dropout": dropout,
         "dtype": dtype,
     }
-    make = Maker(kernels.rung(backend), seed, dtype)
+    return _assembled(arch, backend, settings, Maker, seed)
+
+
+def _assembled(arch: str, backend: str, settings: dict[str, Any], maker: type[Maker], seed: int = 0) -> Model:
+    """A network whose layers `maker` makes. ValueError for settings that make none."""
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"unknown architecture {arch!r}: choose one of {', '.join(ARCHITECTURES)}")
     sizes = {name: value for name, value in settings.items() if name != "dtype"}
-    return Model(arch, settings, backend, Sequential(_NETWORKS[arch](make, **sizes)))  # type: ignore[arg-type]
+    dtype = settings["dtype"]
+    if dtype not in ("float32", "float64") or (dtype == "float64" and backend != "reference"):
+        raise ValueError(f"dtype {dtype!r} with backend {backend!r}: float32, or float64 on the reference rung")
+    least_bins = 1 if arch == "lstm" else 4  # two poolings leave a quarter
+    if (
+        min(sizes["filters"], sizes["hidden"], sizes["classes"]) < 1
+        or sizes["bins"] < least_bins
+        or not 0 <= sizes["dropout"] < 1
+    ):
+        raise ValueError(f"filters, hidden and classes must be >= 1, bins >= {least_bins}, dropout in [0, 1)")
+    make = maker(kernels.rung(backend), seed, dtype)
+    return Model(arch, settings, backend, Sequential(_NETWORKS[arch](make, **sizes)))
+
+
+def blank_model(arch: str, backend: str, settings: Mapping[str, Any]) -> Model:
+    """A network of these settings whose parameters have no values yet; ValueError as in `build_model`."""
+    return _assembled(arch, backend, dict(settings), _Blank)
 
 
 def load_model(path: str | os.PathLike[str], backend: str = "cpu") -> Model:
     """Read a file that `Model.save` wrote. UserError, naming the file, when it is no such file or is damaged."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            about = json.loads(str(file["about"]))
-            if about["format"] != FILE_FORMAT:
-                raise ValueError(f"its format is {about['format']}, this program reads {FILE_FORMAT}")
-            model = build_model(about["arch"], backend=backend, **about["settings"])
-            params = {name: file[f"params/{name}"] for name in model.params}
-            if not all(np.isfinite(value).all() for value in params.values()):
-                raise ValueError("a parameter is not finite")
-            model.set_params(params)
-            if "scale/mean" in file:
-                model.scale = Standardisation(file["scale/mean"], file["scale/deviation"])
-            model.labels, model.training = tuple(about["labels"]), about["training"]
-            if len(model.labels) != model.settings["classes"]:
-                raise ValueError(f"it names {len(model.labels)} labels for {model.settings['classes']} classes")
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no such file") from error
-    except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: not a model file that this program can read ({error})") from error
-    return model
+    return modelfile.read(path, backend)

@@ -1,23 +1,33 @@
-"""The report of a run: the paper's table, confusion matrices, and every fold.
+"""The report of a run: the paper's table, confusion matrices, intervals, hard utterances, and every fold.
 
-    python -m npser.report FOLDER
+    python -m npser.report FOLDER...
 
-A report is worked out once, as a list of blocks (paragraphs and tables of strings), and then set as plain text for
-the terminal or as Markdown for the run folder's report.md.
+A report is worked out once, as a `Document`, and then set as plain text for the terminal, as Markdown for the run
+folder's report.md, or as a page with figures. Several runs are set side by side: `npser.comparison`.
 """
 
 import math
+import os
 import sys
-import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from npser.analysis import (
+    RESAMPLES,
+    Hard,
+    learning_curves,
+    listeners,
+    speaker_matrices,
+    uar_interval,
+    utterance_record,
+)
 from npser.cli import Parser, run
+from npser.corpus import user_cache
+from npser.document import Block, Document, Table
 from npser.errors import UserError
 from npser.metrics import (
     Figure,
@@ -28,60 +38,41 @@ from npser.metrics import (
     summarise,
     unweighted_average_recall,
 )
-from npser.runfolder import FoldResult, RunFolder
+from npser.runfolder import MAY_CHANGE, FoldResult, RunFolder
 
 # Average F1 in per cent and its "+-" on EMO-DB, 10 folds x 5 repeats (Lim, Jang and Lee 2016).
 PAPER_AVERAGE_F1 = {"cnn": (86.06, 2.39), "lstm": (78.31, 4.59), "tdcnn": (86.65, 1.73)}
 
-_WIDTH = 100  # columns of the text report
+HARDEST = 15  # utterances in the table of those most often confused
 _VOTE_NAMES = {"sum": "sum of probabilities", "majority": "majority vote"}
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table of strings: the first column is set flush left, the others flush right."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-
-Block = str | Table  # a paragraph, or a table
-
-
 def render_text(config: Mapping[str, Any], results: Sequence[FoldResult]) -> str:
-    """The report as plain text, at most 100 columns wide with class names of usual length.
-
-    config: the run's configuration (`labels`, `vote`; also shown where there: arch, corpus, cv, folds, repeats, epochs,
-    seed); results: the folds done, in any order, none included.
-    """
-    heading, blocks = _report(config, results)
-    parts = [f"{heading}\n{'=' * len(heading)}"]
-    for block in blocks:
-        if isinstance(block, str):
-            parts.append(textwrap.fill(block, _WIDTH, break_on_hyphens=False))
-        else:
-            widths = [max(map(len, column)) for column in zip(block.header, *block.rows, strict=True)]
-            lines = [_text_row(block.header, widths), "-" * (sum(widths) + 2 * len(widths) - 2)]
-            parts.append("\n".join([block.title, "", *lines, *(_text_row(row, widths) for row in block.rows)]))
-    return "\n\n".join(parts) + "\n"
+    """The report as plain text; arguments as in `report`."""
+    return report(config, results).text()
 
 
 def render_markdown(config: Mapping[str, Any], results: Sequence[FoldResult]) -> str:
-    """The report as Markdown (pipe tables); arguments as in `render_text`."""
-    heading, blocks = _report(config, results)
-    parts = [f"# {_markdown_escaped(heading)}"]
-    for block in blocks:
-        if isinstance(block, str):
-            parts.append(_markdown_escaped(block))
-        else:
-            ruler = "| " + " | ".join([":--"] + ["--:"] * (len(block.header) - 1)) + " |"
-            rows = [_markdown_row(block.header), ruler, *map(_markdown_row, block.rows)]
-            parts.append("\n".join([f"## {_markdown_escaped(block.title)}", "", *rows]))
-    return "\n\n".join(parts) + "\n"
+    """The report as Markdown; arguments as in `report`."""
+    return report(config, results).markdown()
 
 
-def _report(config: Mapping[str, Any], results: Sequence[FoldResult]) -> tuple[str, list[Block]]:
+def report(
+    config: Mapping[str, Any], results: Sequence[FoldResult], heard: Mapping[str, float] | None = None
+) -> Document:
+    """The report of a run.
+
+    config: the run's configuration (`labels`, `vote`; also shown where there: arch, corpus, cv, folds, repeats, epochs,
+    seed); results: the folds done, in any order, none included; heard: file name -> share of human listeners who
+    recognised the recording, where that is known.
+    """
+    heading, blocks = _report(config, results, heard or {})
+    return Document(heading, tuple(blocks))
+
+
+def _report(
+    config: Mapping[str, Any], results: Sequence[FoldResult], heard: Mapping[str, float]
+) -> tuple[str, list[Block]]:
     """The heading and the blocks of a run's report."""
     results = sorted(results, key=lambda result: (result.repeat, result.fold))
     heading = f"{config.get('arch', 'model')} on {config.get('corpus', 'corpus')}"
@@ -108,8 +99,10 @@ def _report(config: Mapping[str, Any], results: Sequence[FoldResult]) -> tuple[s
             "+- means is not said."
         )
     blocks += [_class_table(chosen), _means_explained(chosen), _figure_table(by_vote)]
+    blocks += _interval(results, config["vote"])
     blocks += [_matrix_table(chosen, percent=True), _matrix_table(chosen, percent=False)]
-    blocks += [_fold_table(results, config["vote"]), _computing(results)]
+    blocks += _hardest(utterance_record(results, config["vote"]), heard)
+    blocks += [*_curves(results), _fold_table(results, config["vote"]), _computing(results)]
     return heading, blocks
 
 
@@ -118,7 +111,11 @@ def _protocol(config: Mapping[str, Any], done: int) -> str:
     folds, repeats, cv = config.get("folds"), config.get("repeats"), config.get("cv")
     if cv == "none":
         return "Fitted on everything (--cv none): no fold was held out, so there is nothing to test on."
-    kind = {"stratified": "stratified cross-validation", "speaker": "leave-one-speaker-out cross-validation"}
+    kind = {
+        "stratified": "stratified cross-validation",
+        "speaker": "leave-one-speaker-out cross-validation",
+        "split": "training and test set as given",
+    }
     said = [kind.get(str(cv), "cross-validation")]
     for key, word in (("folds", "folds"), ("repeats", "repeats"), ("epochs", "epochs")):
         if key in config:
@@ -133,7 +130,7 @@ def _headline(summary: ProtocolSummary) -> str:
     """The one figure that the paper's abstract gives, with both spreads."""
     figure = summary.average_f1
     spreads = [
-        f"+-{_percent(spread)} over {over}"
+        f"+-{percent(spread)} over {over}"
         for spread, over in ((figure.over_repeats, "repeats"), (figure.over_folds, "folds"))
         if not math.isnan(spread)
     ]
@@ -141,7 +138,7 @@ def _headline(summary: ProtocolSummary) -> str:
         spreads = ["no spread can be given: only 1 fold"]
     elif math.isnan(figure.over_repeats):
         spreads.append(f"no spread over repeats: {_count(summary.complete_repeats, 'complete repeats')}")
-    return f"average F1 {_percent(figure.mean)} ({', '.join(spreads)}); pooled {_percent(figure.pooled)}"
+    return f"average F1 {percent(figure.mean)} ({', '.join(spreads)}); pooled {percent(figure.pooled)}"
 
 
 def _class_table(summary: ProtocolSummary) -> Table:
@@ -150,9 +147,9 @@ def _class_table(summary: ProtocolSummary) -> Table:
     columns = [column for s in scores for column in (s.precision, s.recall, s.f1)]
     counts = summary.matrix.sum(axis=1)
     rows = [
-        (label, *(_percent(column[k]) for column in columns), str(counts[k])) for k, label in enumerate(summary.labels)
+        (label, *(percent(column[k]) for column in columns), str(counts[k])) for k, label in enumerate(summary.labels)
     ]
-    rows.append(("average", *(_percent(mean_over_classes(column)) for column in columns), str(counts.sum())))
+    rows.append(("average", *(percent(mean_over_classes(column)) for column in columns), str(counts.sum())))
     header = ("emotion", "precision", "recall", "F1", "pooled P", "pooled R", "pooled F1", "decisions")
     return Table("Precision, recall and F1 in per cent", header, tuple(rows))
 
@@ -179,7 +176,7 @@ def _figure_table(by_vote: Mapping[str, ProtocolSummary]) -> Table:
         )
         for name, figure in figures:
             values = (figure.mean, figure.over_repeats, figure.over_folds, figure.pooled)
-            rows.append((f"{name}, {_VOTE_NAMES[vote]}", *map(_percent, values)))
+            rows.append((f"{name}, {_VOTE_NAMES[vote]}", *map(percent, values)))
     header = ("figure", "mean of folds", "+- repeats", "+- folds", "pooled")
     return Table("Both votes, in per cent; +- is the standard deviation (n - 1)", header, tuple(rows))
 
@@ -196,6 +193,70 @@ def _matrix_table(summary: ProtocolSummary, percent: bool) -> Table:
     return Table(f"Confusion matrix, {unit}", header, tuple(rows))
 
 
+def _interval(results: Sequence[FoldResult], vote: str) -> list[Block]:
+    """The interval of the UAR, and what each speaker contributes to it."""
+    matrices = speaker_matrices(results, vote)
+    interval = uar_interval(matrices)
+    if interval is None:
+        why = "the speakers are unknown" if "" in matrices else "there is only one speaker"
+        return [f"No confidence interval over speakers: {why}."]
+    text = (
+        f"Pooled UAR {percent(interval.value)}, 95 % confidence interval {percent(interval.low)} to "
+        f"{percent(interval.high)} (bootstrap over the {interval.speakers} speakers, {RESAMPLES} resamples)."
+    )
+    rows = [
+        (speaker, str(matrix.sum()), percent(unweighted_average_recall(matrix)), percent(accuracy(matrix)))
+        for speaker, matrix in matrices.items()
+    ]
+    return [text, Table("Each speaker, in per cent", ("speaker", "decisions", "UAR", "accuracy"), tuple(rows))]
+
+
+def _hardest(record: Sequence[Hard], heard: Mapping[str, float]) -> list[Block]:
+    """The utterances most often confused, beside what human listeners made of them."""
+    confused = [hard for hard in record if hard.wrong]
+    if not confused:
+        return ["No utterance was ever confused."]
+
+    def rate(hard: Hard) -> float | None:
+        return heard.get(hard.file.rsplit("/", 1)[-1])
+
+    any_heard = any(rate(hard) is not None for hard in confused)
+
+    def cells(hard: Hard) -> tuple[str, ...]:
+        human = (_whole_percent(rate(hard)),) if any_heard else ()
+        wrong = f"{hard.wrong} of {hard.tested}"
+        return (hard.file, hard.truth, hard.taken_for, wrong, f"{100 * hard.probability:.1f}", *human)
+
+    header = ("utterance", "truth", "taken for", "wrong", "p of truth", *(("listeners",) if any_heard else ()))
+    shown = confused[:HARDEST]
+    title = f"Most often confused ({len(shown)} of {len(confused)} ever confused); probabilities in per cent"
+    blocks: list[Block] = [Table(title, header, tuple(map(cells, shown)), left=3)]
+    always = [r for hard in record if hard.wrong == hard.tested and (r := rate(hard)) is not None]
+    never = [r for hard in record if not hard.wrong and (r := rate(hard)) is not None]
+    if always and never:
+        blocks.append(
+            f"Listeners: the share of human listeners who named the emotion that was acted. On the {len(always)} "
+            f"utterances that the network always confused their mean is {100 * sum(always) / len(always):.1f}, on the "
+            f"{len(never)} that it never confused {100 * sum(never) / len(never):.1f}."
+        )
+    return blocks
+
+
+def _whole_percent(fraction: float | None) -> str:
+    return "-" if fraction is None else f"{100 * fraction:.0f}"
+
+
+def _curves(results: Sequence[FoldResult]) -> list[Block]:
+    """How the training went: loss and accuracy by epoch."""
+    rows = []
+    for epoch, losses, accuracies in learning_curves(results):
+        figures = (losses.mean(), losses.min(), losses.max())
+        rows.append((str(epoch), str(len(losses)), *(f"{x:.4f}" for x in figures), percent(accuracies.mean())))
+    header = ("epoch", "folds", "loss", "least", "largest", "training accuracy")
+    title = "Learning curves: training loss and accuracy, mean over the folds"
+    return [Table(title, header, tuple(rows))] if rows else []
+
+
 def _fold_table(results: Iterable[FoldResult], vote: str) -> Table:
     """Every fold on a line: nothing is left out of the means above."""
     rows = []
@@ -203,8 +264,8 @@ def _fold_table(results: Iterable[FoldResult], vote: str) -> Table:
         matrix = result.matrix(vote)
         figures = (average_f1(matrix), unweighted_average_recall(matrix), accuracy(matrix))
         last = result.epochs[-1] if result.epochs else None
-        training = (f"{last.loss:.4f}", _percent(last.accuracy)) if last else ("-", "-")
-        rows.append((f"{result.repeat}.{result.fold}", str(matrix.sum()), *map(_percent, figures), *training))
+        training = (f"{last.loss:.4f}", percent(last.accuracy)) if last else ("-", "-")
+        rows.append((f"{result.repeat}.{result.fold}", str(matrix.sum()), *map(percent, figures), *training))
     header = ("fold", "utterances", "average F1", "UAR", "accuracy", "training loss", "training accuracy")
     return Table("Every fold (repeat.fold); training figures of the last epoch", header, tuple(rows))
 
@@ -217,7 +278,7 @@ def _computing(results: Sequence[FoldResult]) -> str:
     return f"Training took {seconds:.0f} s in all{f'; backend: {where}' if where else ''}."
 
 
-def _percent(fraction: float | np.float64) -> str:
+def percent(fraction: float | np.float64) -> str:
     """A fraction in per cent with two decimals, as the paper prints it; "-" where undefined."""
     return "-" if math.isnan(fraction) else f"{100 * fraction:.2f}"
 
@@ -226,18 +287,32 @@ def _count(number: Any, plural: str) -> str:
     return f"{number} {plural.removesuffix('s') if number == 1 else plural}"
 
 
-def _text_row(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first, *rest = zip(cells, widths, strict=True)
-    return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]).rstrip()
+# --- the command -------------------------------------------------------------------------------------------------
 
 
-def _markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(map(_markdown_escaped, cells)) + " |"
+def merged(folders: Sequence[RunFolder]) -> list[tuple[RunFolder, list[FoldResult]]]:
+    """The runs in these folders: folders of the same configuration are one run, computed on several machines.
+
+    Of a fold that lies in several of them the first is taken.
+    """
+    runs: dict[str, tuple[RunFolder, dict[tuple[int, int], FoldResult]]] = {}
+    for folder in folders:
+        key = repr(sorted((k, repr(v)) for k, v in folder.config.items() if k not in MAY_CHANGE))
+        _, results = runs.setdefault(key, (folder, {}))
+        for result in folder.load_folds():
+            results.setdefault((result.repeat, result.fold), result)
+    return [(folder, list(results.values())) for folder, results in runs.values()]
 
 
-def _markdown_escaped(text: str) -> str:
-    """Keep class and folder names from being read as markup."""
-    return "".join("\\" + character if character in "\\|_*`<[#" else character for character in text)
+def find_listeners(named: Path | None) -> dict[str, float]:
+    """What erkennung.txt says, the one named or the one beside EMO-DB on this machine; empty where there is none."""
+    if named:
+        return listeners(named)
+    data = os.environ.get("NPSER_DATA")
+    for folder in ([Path(data) / "emodb"] if data else []) + [user_cache() / "emodb"]:
+        if (folder / "erkennung.txt").is_file():
+            return listeners(folder / "erkennung.txt")
+    return {}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -246,23 +321,67 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m npser.report",
         description="Print the report of a run: precision, recall and F1 of each emotion as in the paper's table "
         "(means of the per-fold figures) with the pooled figures beside them, average F1 with its spread over repeats "
-        "and over folds, UAR and accuracy by both votes, confusion matrices, and every fold. Unfinished runs are "
-        "reported as far as they are done.",
-        epilog="The same report lies in the run folder as report.md. Exit status: 0 ok, 2 a folder cannot be reported.",
+        "and over folds, UAR with its confidence interval over speakers, confusion matrices, the utterances most often "
+        "confused, learning curves, and every fold. Unfinished runs are reported as far as they are done. Several "
+        "runs are set side by side with a paired test; folders that hold parts of one run (--only on several machines) "
+        "are put together first.",
+        epilog="Exit status: 0 ok, 2 a folder cannot be reported. Examples: python -m npser.report runs/cnn-emodb-s0 "
+        "--plots; python -m npser.report runs/cnn-emodb-s0 runs/lstm-emodb-s0",
     )
     parser.add_argument("folders", metavar="FOLDER", nargs="+", type=Path, help="a run folder, --out of npser.train")
-    folders: list[Path] = parser.parse_args(arguments).folders
-    status, separator = 0, ""
-    for path in folders:
+    parser.add_argument("--markdown", action="store_true", help="print Markdown instead of plain text")
+    parser.add_argument(
+        "--plots",
+        action="store_true",
+        help="draw confusion matrix, learning curves, classes and speakers as PNG and SVG, and one page report.html "
+        "with everything in it (needs matplotlib: pip install 'npser[plot]')",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="where the plots go (default: plots/ in the run folder, for several runs ./comparison)",
+    )
+    parser.add_argument(
+        "--listeners",
+        type=Path,
+        metavar="FILE",
+        help="erkennung.txt of EMO-DB, how well human listeners recognised each recording (default: the one in "
+        "$NPSER_DATA/emodb or in the user's cache folder, for runs on EMO-DB)",
+    )
+    options = parser.parse_args(arguments)
+    if options.out and not options.plots:
+        raise UserError("--out: says where the plots go: add --plots")
+    status, folders = 0, []
+    for path in options.folders:
         try:
             folder = RunFolder.open(path)
-            text = render_text(folder.config, folder.load_folds())
+            folder.load_folds()
+            folders.append(folder)
         except UserError as error:
             print(f"npser.report: {error}", file=sys.stderr)
             status = 2
-            continue
-        print(f"{separator}{text}", end="")
-        separator = "\n"
+    if not folders:
+        return status
+    runs = merged(folders)
+    if len(runs) > 1:
+        from npser.comparison import compare
+
+        document = compare([(folder.path, folder.config, results) for folder, results in runs])
+    else:
+        config, results = runs[0][0].config, runs[0][1]
+        document = report(config, results, find_listeners(options.listeners) if config.get("corpus") == "emodb" else {})
+    print(document.markdown() if options.markdown else document.text(), end="")
+    if options.plots:
+        from npser.plots import draw_comparison, draw_run
+
+        if len(runs) > 1:
+            target = options.out or Path("comparison")
+            draw_comparison([(folder.path, folder.config, results) for folder, results in runs], document, target)
+        else:
+            target = options.out or runs[0][0].path / "plots"
+            draw_run(runs[0][0].config, runs[0][1], document, target)
+        print(f"npser.report: drawn in {target}: report.html, and each figure as .png and .svg", file=sys.stderr)
     return status
 
 

@@ -9,16 +9,17 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npser.cli import Parser, machine, run, versions
+from npser.cli import Parser, machine, run, set_threads, versions, whole
 from npser.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
     from npser.corpus import Corpus
-    from npser.crossval import Frames, Settings
+    from npser.crossval import Fold, Frames, Settings
+    from npser.models import Model
     from npser.progress import Progress
     from npser.runfolder import RunFolder
 
@@ -32,19 +33,6 @@ DEMO_EPOCHS = {"cnn": 4, "lstm": 10, "tdcnn": 3}
 DEMO_SEGMENT_HOP = {"cnn": 16, "lstm": 16, "tdcnn": 28}
 DEMO_BATCH_SIZE = 16
 DEMO_FOLDS, DEMO_REPEATS = 2, 1
-
-MAY_CHANGE = ("vote", "backend", "threads", "only", "versions", "checkpoint")
-
-
-def whole(least: int) -> Any:
-    """An argparse type: a whole number, at least so large."""
-
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"\d+", text) or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-        return int(text)
-
-    return parse
 
 
 def repeat_and_fold(text: str) -> tuple[int, int]:
@@ -77,17 +65,24 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--data",
         default="demo",
-        metavar="demo|emodb|FOLDER",
-        help="demo: the built-in generated corpus; emodb: the corpus at $NPSER_DATA/emodb; FOLDER: searched for audio, "
-        "the emotion told by EMO-DB file names, else by the folder that a file lies in (default: demo)",
+        metavar="demo|emodb|PATH",
+        help="demo: the built-in generated corpus; emodb: the corpus at $NPSER_DATA/emodb, else fetched from its "
+        "authors into the user's cache folder; PATH: a folder, searched for audio, the emotion told by the file names "
+        "of a known corpus, else by the folder that a file lies in, or a .csv file with the columns "
+        "path,speaker,emotion[,split]; python -m npser.corpus PATH shows what it is taken for (default: demo)",
+    )
+    what.add_argument(
+        "--test-data",
+        metavar="emodb|PATH",
+        help="train on all of --data and test on all of this corpus, over the emotions that they share",
     )
     protocol = p.add_argument_group("protocol")
     protocol.add_argument(
         "--cv",
-        default="stratified",
-        choices=("stratified", "speaker", "none"),
-        help="stratified: every fold has its share of each emotion; speaker: leave one speaker out; none: fit one "
-        "model on everything and save it (default: stratified)",
+        choices=("stratified", "speaker", "split", "none"),
+        help="stratified: every fold has its share of each emotion; speaker: leave one speaker out; split: train and "
+        "test as the .csv file's column split says; none: fit one model on everything and save it (default: "
+        "stratified, with --test-data split)",
     )
     protocol.add_argument("--folds", type=whole(2), metavar="N", help="test folds (default: 10, demo 2)")
     protocol.add_argument("--repeats", type=whole(1), metavar="N", help="repeats of all folds (default: 5, demo 1)")
@@ -124,12 +119,41 @@ def parser() -> argparse.ArgumentParser:
     )
     how.add_argument("--threads", type=whole(1), metavar="N", help="processor cores to use (default: all)")
     how.add_argument(
+        "--workers",
+        type=whole(1),
+        default=1,
+        metavar="N",
+        help="folds that are computed side by side, in processes that share the threads; each needs the memory of a "
+        "whole training (default: 1)",
+    )
+    how.add_argument(
+        "--dask",
+        metavar="ADDRESS",
+        help="give the folds to the workers of this dask.distributed scheduler, tcp://host:8786 for one, which were "
+        "started with --nthreads 1 and find --data under the same name; --threads is for each of them (needs "
+        "pip install 'npser[dask]')",
+    )
+    how.add_argument(
         "--out",
         type=Path,
         metavar="FOLDER",
         help="run folder (default: runs/<arch>-<corpus>-s<seed>), resumed if there",
     )
     how.add_argument("--save", type=Path, metavar="MODEL.npz", help="with --cv none: where to save the model")
+    how.add_argument(
+        "--storage",
+        default="float32",
+        choices=("float32", "float16"),
+        help="with --cv none: how the model's parameters are stored; float16 halves the file (tdcnn: 587 MB), and what "
+        "that changes in its decisions is measured and printed (default: float32)",
+    )
+    how.add_argument(
+        "--score-from",
+        type=Path,
+        metavar="FOLDER",
+        help="with --cv none: the run folder of a cross-validation with the same settings, whose score the model file "
+        "then carries",
+    )
     how.add_argument(
         "--checkpoint",
         action=argparse.BooleanOptionalAction,
@@ -150,38 +174,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError("--backend cuda: there is no GPU backend yet: use --backend cpu")
     if options.save and options.cv != "none":
         raise UserError("--save: a cross-validation has no single model to save: add --cv none")
+    for name, given in (("--score-from", options.score_from), ("--storage float16", options.storage == "float16")):
+        if given and options.cv != "none":
+            raise UserError(f"{name}: a cross-validation has no single model to save: add --cv none")
     if options.only and options.cv == "none":
         raise UserError("--only: there are no folds with --cv none")
-    threads = _set_threads(options.threads, options.backend)
+    if options.test_data and options.cv not in (None, "split"):
+        raise UserError(f"--test-data: what is tested on is given, so --cv {options.cv} cannot be: leave it away")
+    options.cv = options.cv or ("split" if options.test_data else "stratified")
+    if (options.workers > 1 or options.dask) and options.cv == "none":
+        raise UserError(f"{'--dask' if options.dask else '--workers'}: there are no folds with --cv none")
+    if options.workers > 1 and options.dask:
+        raise UserError("--workers: the scheduler of --dask knows its workers: leave --workers away")
+    threads = set_threads(options.threads, options.backend)
+    if options.workers > threads:
+        raise UserError(f"--workers {options.workers}: they share {threads} threads: use at most so many")
+    threads //= options.workers
 
-    from npser.corpus import open_corpus
+    from npser.corpus import cross_corpus, open_corpus
 
     corpus = open_corpus(options.data)
+    if options.test_data:
+        corpus = cross_corpus(corpus, open_corpus(options.test_data))
     demo = corpus.name == "demo"
     config = _config(options, corpus, threads, demo)
     if options.cv == "none":
         return _fit_everything(options, corpus, config)
     return _cross_validate(options, corpus, config)
-
-
-def _set_threads(wanted: int | None, backend: str) -> int:
-    """Pin Numba, and (before NumPy is imported) the BLAS that it brings; returns the number of threads."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if wanted is not None and wanted > available:
-        raise UserError(f"--threads {wanted}: this machine has {available} cores: use at most so many")
-    threads = wanted or available
-    # The compiled kernels do without BLAS; a pool of its threads would only spin on the cores that they need.
-    for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
-        os.environ[variable] = str(threads if backend == "reference" else 1)
-    import numba
-
-    try:
-        numba.set_num_threads(threads)
-    except ValueError:
-        raise UserError(
-            f"--threads {threads}: NUMBA_NUM_THREADS={os.environ.get('NUMBA_NUM_THREADS')} allows fewer: unset it"
-        ) from None
-    return threads
 
 
 def _config(options: argparse.Namespace, corpus: "Corpus", threads: int, demo: bool) -> dict[str, Any]:
@@ -194,12 +213,15 @@ def _config(options: argparse.Namespace, corpus: "Corpus", threads: int, demo: b
     folds = len(corpus.speakers) if options.cv == "speaker" else options.folds or (DEMO_FOLDS if demo else 10)
     if options.cv == "speaker" and options.folds not in (None, folds):
         raise UserError(f"--folds {options.folds}: --cv speaker makes one fold for each of the {folds} speakers")
-    listing = "\n".join(f"{u.name}\t{u.speaker}\t{u.emotion}" for u in corpus.utterances)
+    if options.cv == "split":
+        folds = 1
+        if options.folds not in (None, 1):
+            raise UserError(f"--folds {options.folds}: a given split of training and test makes one fold")
     return {
         "arch": arch,
         "corpus": corpus.name,
         "utterances": len(corpus.utterances),
-        "utterances_sha256": hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest(),
+        "utterances_sha256": listing_sha256(corpus),
         "labels": list(corpus.labels),
         "cv": options.cv,
         "folds": folds,
@@ -217,7 +239,14 @@ def _config(options: argparse.Namespace, corpus: "Corpus", threads: int, demo: b
     }
 
 
-def _settings(config: dict[str, Any]) -> "Settings":
+def listing_sha256(corpus: "Corpus") -> str:
+    """Of which utterances a run is made."""
+    listing = "\n".join(f"{u.name}\t{u.speaker}\t{u.emotion}" for u in corpus.utterances)
+    return hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def settings_of(config: Mapping[str, Any]) -> "Settings":
+    """The part of a configuration that decides the numbers."""
     from npser.crossval import Settings
 
     names = ("arch", "backend", "seed", "epochs", "batch_size", "segment_hop", "vote")
@@ -276,7 +305,7 @@ def _cross_validate(options: argparse.Namespace, corpus: "Corpus", config: dict[
             f"and folds 0 to {config['folds'] - 1}"
         )
     frames = read_frames(corpus, config["backend"], config["threads"])
-    settings = _settings(config)
+    settings = settings_of(config)
     length = input_frames(config["arch"])
     finished = set(folder.finished())
     waiting = [fold for fold in chosen if (fold.repeat, fold.number) not in finished]
@@ -287,9 +316,12 @@ def _cross_validate(options: argparse.Namespace, corpus: "Corpus", config: dict[
     if waiting:
         _warn_of_compilation(config["backend"], progress)
     about = {key: config[key] for key in ("backend", "threads", "vote", "versions")} | {"machine": machine()}
-    for fold in waiting:
-        progress.begin_fold(f"fold {fold.name}", steps[fold.name])
-        run_fold(corpus, frames, fold, settings, folder, progress, options.checkpoint, about)
+    if options.dask or (options.workers > 1 and len(waiting) > 1):
+        _in_processes(options, folder, waiting, about | {"workers": options.dask or options.workers})
+    else:
+        for fold in waiting:
+            progress.begin_fold(f"fold {fold.name}", steps[fold.name])
+            run_fold(corpus, frames, fold, settings, folder, progress, options.checkpoint, about)
     if not waiting:
         folder.write_tables()  # the vote may have changed
     print()
@@ -298,8 +330,33 @@ def _cross_validate(options: argparse.Namespace, corpus: "Corpus", config: dict[
     return 0
 
 
+def _in_processes(
+    options: argparse.Namespace, folder: "RunFolder", waiting: "list[Fold]", about: dict[str, Any]
+) -> None:
+    """--workers and --dask: the folds side by side."""
+    from npser.workers import Job, run_locally, run_on_dask
+
+    keep = options.checkpoint and not options.dask  # other machines do not see the run folder
+    jobs = [
+        Job(
+            data=options.data,
+            test_data=options.test_data,
+            config=folder.config,
+            repeat=fold.repeat,
+            fold=fold.number,
+            checkpoint=str(folder.checkpoint_path(fold.repeat, fold.number)) if keep else None,
+            about=about,
+        )
+        for fold in waiting
+    ]
+    if options.dask:
+        run_on_dask(jobs, folder, options.dask)
+    else:
+        run_locally(jobs, folder, options.workers)
+
+
 def _open_folder(options: argparse.Namespace, config: dict[str, Any]) -> "RunFolder":
-    from npser.runfolder import RunFolder
+    from npser.runfolder import MAY_CHANGE, RunFolder
 
     out = options.out or Path("runs") / f"{config['arch']}-{config['corpus']}-s{config['seed']}"
     return RunFolder.open_or_create(out, config, MAY_CHANGE)
@@ -308,9 +365,10 @@ def _open_folder(options: argparse.Namespace, config: dict[str, Any]) -> "RunFol
 def _plan(
     config: dict[str, Any], options: argparse.Namespace, chosen: int, waiting: int, steps: int, folder: "RunFolder"
 ) -> str:
-    kind = {"stratified": "stratified folds", "speaker": "folds, one for each speaker"}[config["cv"]]
+    kinds = {"stratified": "stratified folds", "speaker": "folds, one for each speaker"}
+    kinds["split"] = "fold, training and test as given,"
     lines = [
-        f"{config['folds']} {kind} x {config['repeats']} repeat{'s' * (config['repeats'] > 1)}, "
+        f"{config['folds']} {kinds[config['cv']]} x {config['repeats']} repeat{'s' * (config['repeats'] > 1)}, "
         f"{config['epochs']} epochs of windows {config['segment_hop']} frames apart, batches of {config['batch_size']}"
     ]
     if options.only:
@@ -328,17 +386,19 @@ def _fit_everything(options: argparse.Namespace, corpus: "Corpus", config: dict[
 
     from npser.crossval import train_on, training_steps
     from npser.frontend import read_frames
+    from npser.modelfile import score_of
     from npser.models import input_frames
     from npser.progress import Progress
     from npser.trainer import Checkpoint
 
+    score = _measured_score(options.score_from, config) if options.score_from else None
     config |= {"folds": 0, "repeats": 1}
     folder = _open_folder(options, config)
     path = options.save or folder.path / "model.npz"
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise UserError(f"--save {path}: the folder {path.parent} is not there or cannot be written to")
     frames = read_frames(corpus, config["backend"], config["threads"])
-    settings = _settings(config)
+    settings = settings_of(config)
     everything = np.arange(len(frames))
     total = training_steps(frames, corpus.targets, everything, input_frames(config["arch"]), settings)
     plan = (
@@ -356,15 +416,70 @@ def _fit_everything(options: argparse.Namespace, corpus: "Corpus", config: dict[
         frames, corpus.targets, everything, len(corpus.labels), settings, words, progress, checkpoint
     )
     model.labels, model.training = corpus.labels, {**config, "machine": machine()}
+    model.cross_validation = score
     try:
-        model.save(path)
+        model.save(path, options.storage)
     except OSError as error:
         raise RunFailed(f"--save {path}: cannot be written ({error.strerror})") from error
+    except ValueError as error:
+        raise RunFailed(f"--storage {options.storage}: {error}; save as float32") from error
     checkpoint_path.unlink(missing_ok=True)
     print(
         f"saved {path}: training accuracy of the last epoch {100 * epochs[-1].accuracy:.1f} %, of windows, dropout on"
     )
+    if score:
+        print(f"it carries the score of {options.score_from}: {score_of(score)}")
+    if options.storage == "float16":
+        print(_rounding_loss(model, path, frames, corpus, settings.segment_hop))
     return 0
+
+
+def _measured_score(run: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a cross-validation for the model file; UserError unless it is of the same settings and data."""
+    from npser.analysis import speaker_matrices, uar_interval
+    from npser.comparison import summary_of
+    from npser.runfolder import RunFolder
+
+    folder = RunFolder.open(run)
+    same = ("arch", "utterances_sha256", "labels", "epochs", "batch_size", "segment_hop", "optimiser", "features")
+    differing = [key for key in same if folder.config.get(key) != config[key]]
+    if differing:
+        raise UserError(f"--score-from {run}: another training, its {', '.join(differing)} are not those of this one")
+    results = folder.load_folds()
+    if not results:
+        raise UserError(f"--score-from {run}: no fold is finished there")
+    summary = summary_of((run, folder.config, results))
+    interval = uar_interval(speaker_matrices(results, folder.config["vote"]))
+    return {
+        "cv": folder.config.get("cv"),
+        "folds": len(results),
+        "vote": folder.config["vote"],
+        "average_f1": summary.average_f1.mean,
+        "uar": summary.uar.pooled,
+        "uar_interval": [interval.low, interval.high] if interval else None,
+        "accuracy": summary.accuracy.pooled,
+    }
+
+
+def _rounding_loss(model: "Model", path: Path, frames: "Frames", corpus: "Corpus", hop: int) -> str:
+    """What storing the parameters as float16 changes, measured on all utterances of the corpus."""
+    import numpy as np
+
+    from npser.features import WindowSet
+    from npser.models import load_model
+    from npser.trainer import evaluate
+
+    assert model.scale is not None
+    windows = WindowSet(frames, model.scale, model.input_frames, hop)
+    exact = evaluate(model, windows).probabilities
+    rounded = evaluate(load_model(path, model.backend), windows).probabilities
+    right = [100 * float((p.argmax(axis=1) == corpus.targets).mean()) for p in (exact, rounded)]
+    changed = int((exact.argmax(axis=1) != rounded.argmax(axis=1)).sum())
+    return (
+        f"float16: {path.stat().st_size / 1e6:.2f} MB; of {len(frames)} training utterances {changed} get another "
+        f"label than with float32 ({right[0]:.2f} % right with float32, {right[1]:.2f} % with float16), and no "
+        f"probability changes by more than {np.abs(exact - rounded).max():.1e}"
+    )
 
 
 if __name__ == "__main__":

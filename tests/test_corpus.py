@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from npser.corpus import PAPER_LABELS, SAMPLE_RATE, open_corpus, read_audio
+from npser.corpus import PAPER_LABELS, SAMPLE_RATE, cross_corpus, open_corpus, read_audio
 from npser.errors import UserError
 
 
@@ -282,6 +282,162 @@ def test_emodb_letters(place, tmp_path, letter, emotion):
     assert open_corpus(str(tmp_path)).utterances[0].emotion == emotion
 
 
+@pytest.mark.parametrize(
+    ("corpus", "files"),
+    [
+        (
+            "ravdess",
+            {
+                "Actor_12/03-01-06-01-02-01-12.wav": ("12", "02", "fear"),
+                "Actor_12/03-01-01-01-01-01-12.wav": ("12", "01", "neutral"),
+                "Actor_24/03-01-02-01-02-01-24.wav": ("24", "02", "calm"),
+                "Actor_24/03-01-08-02-02-02-24.wav": ("24", "02", "surprise"),
+                "Actor_24/03-02-04-01-02-01-24.wav": None,  # sung
+                "Actor_24/03-01-09-01-02-01-24.wav": None,  # no such emotion
+            },
+        ),
+        (
+            "emovo",
+            {
+                "f1/dis-f1-b1.wav": ("f1", "b1", "disgust"),
+                "f1/gio-f1-l4.wav": ("f1", "l4", "happy"),
+                "m3/pau-m3-n5.wav": ("m3", "n5", "fear"),
+                "m3/rab-m3-d1.wav": ("m3", "d1", "anger"),
+                "m3/tri-m3-d1.wav": ("m3", "d1", "sadness"),
+                "m3/xxx-m3-d1.wav": None,
+            },
+        ),
+        (
+            "savee",
+            {
+                "AudioData/DC/a01.wav": ("DC", "a01", "anger"),
+                "AudioData/DC/sa15.wav": ("DC", "sa15", "sadness"),
+                "AudioData/KL/su02.wav": ("KL", "su02", "surprise"),
+                "JE_h07.wav": ("JE", "h07", "happy"),
+                "AudioData/XX/a01.wav": None,
+            },
+        ),
+        (
+            "tess",
+            {
+                "OAF_angry/OAF_back_angry.wav": ("OA", "back", "anger"),
+                "OAF_neutral/OA_bite_neutral.wav": ("OA", "bite", "neutral"),
+                "YAF_pleasant_surprised/YAF_young_ps.wav": ("YA", "young", "surprise"),
+                "YAF_sad/YAF_young_sad.wav": ("YA", "young", "sadness"),
+                "YAF_sad/readme.wav": None,
+            },
+        ),
+    ],
+)
+def test_corpora_known_by_their_file_names(place, tmp_path, corpus, files):
+    for name in files:
+        place(name)
+    opened = open_corpus(str(tmp_path))
+    assert opened.name == corpus
+    assert {u.name: (u.speaker, u.text, u.emotion) for u in opened.utterances} == {
+        name: parsed for name, parsed in files.items() if parsed
+    }
+    assert [line.split(": not a")[0] for line in opened.skipped] == sorted(
+        n for n, parsed in files.items() if not parsed
+    )
+
+
+def test_folders_of_emotions_are_not_taken_for_a_known_corpus(place, tmp_path):
+    for name in ("happy/a01.wav", "sad/h02.wav", "DCX/a01.wav"):
+        place(name)
+    assert {u.emotion for u in open_corpus(str(tmp_path)).utterances} == {"happy", "sad", "DCX"}
+
+
+def listing(tmp_path, text):
+    path = tmp_path / "my labels.csv"
+    path.write_bytes(text.encode("utf-8-sig"))
+    return str(path)
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_csv(place, tmp_path, delimiter):
+    for name in ("x/a.wav", "x/b.flac", "c.wav"):
+        place(name)
+    rows = ["Emotion,path,speaker,ignored", "joy,x/b.flac,ann,1", "", 'rage,"c.wav",bob,2', "joy,./x/a.wav,,3"]
+    corpus = open_corpus(listing(tmp_path, "\r\n".join(rows).replace(",", delimiter)))
+    assert corpus.name == "my labels"
+    assert corpus.labels == ("joy", "rage")
+    assert [(u.name, u.speaker, u.emotion, u.split) for u in corpus.utterances] == [
+        ("c.wav", "bob", "rage", ""),
+        ("x/a.wav", "", "joy", ""),
+        ("x/b.flac", "ann", "joy", ""),
+    ]
+    assert corpus.read(corpus.utterances[0]).size == 1600
+
+
+def test_csv_with_a_split(place, tmp_path):
+    for name in "abcde":
+        place(f"{name}.wav")
+    rows = [
+        "path,emotion,split",
+        "a.wav,joy,train",
+        "b.wav,rage,train",
+        "c.wav,joy,test",
+        "d.wav,joy,dev",
+        "e.wav,joy,",
+    ]
+    corpus = open_corpus(listing(tmp_path, "\n".join(rows)))
+    assert [u.split for u in corpus.utterances] == ["train", "train", "test"]
+    assert corpus.skipped == (
+        "d.wav: its split is dev, neither train nor test",
+        "e.wav: its split is empty, neither train nor test",
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (["file,emotion", "a.wav,joy"], "no column path"),
+        ([""], "no column path and no column emotion"),
+        (["path,emotion", "a.wav,joy", "b.wav"], "line 3 has no emotion"),
+        (["path,emotion", "", ",joy"], "line 3 has no path"),
+        (["path,emotion", "a.wav,joy", "absent.wav,joy"], "line 3: there is no file"),
+        (["path,emotion", "a.wav,joy", "./a.wav,rage"], "line 3: a.wav is there twice"),
+        (["path,emotion", "a.wav,joy", "b.wav,joy"], "only one emotion (joy)"),
+        (["path,emotion,split", "a.wav,joy,dev"], "no recording that can be used"),
+    ],
+)
+def test_unusable_csv_is_refused(place, tmp_path, rows, said):
+    place("a.wav"), place("b.wav")
+    assert said in refusal(open_corpus, listing(tmp_path, "\n".join(rows)))
+
+
+def test_csv_that_is_none(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"path,emotion\n\xff\xfe,x\n")
+    assert "cannot be read as CSV" in refusal(open_corpus, str(tmp_path / "a.csv"))
+
+
+def test_cross_corpus(place, tmp_path):
+    for name in ("one/03a01Wa.wav", "one/03a01Fa.wav", "one/03a01La.wav"):  # anger, happy, boredom
+        place(name)
+    for name in ("two/f1/rab-f1-b1.wav", "two/f1/gio-f1-b1.wav", "two/f1/sor-f1-b1.wav"):  # anger, happy, surprise
+        place(name)
+    joint = cross_corpus(open_corpus(str(tmp_path / "one")), open_corpus(str(tmp_path / "two")))
+    assert joint.name == "emodb-to-emovo"
+    assert joint.labels == ("anger", "happy")
+    assert [(u.name, u.speaker, u.split) for u in joint.utterances] == [
+        ("emodb/03a01Fa.wav", "emodb:03", "train"),
+        ("emodb/03a01Wa.wav", "emodb:03", "train"),
+        ("emovo/f1/gio-f1-b1.wav", "emovo:f1", "test"),
+        ("emovo/f1/rab-f1-b1.wav", "emovo:f1", "test"),
+    ]
+    assert len(joint.skipped) == 2
+    assert "surprise is in only one" in joint.skipped[1]
+    assert joint.read(joint.utterances[0]).size == 1600
+    twice = cross_corpus(open_corpus(str(tmp_path / "one")), open_corpus(str(tmp_path / "one")))
+    assert len({u.name for u in twice.utterances}) == 6
+    with pytest.raises(UserError, match="built-in"):
+        cross_corpus(open_corpus("demo"), open_corpus(str(tmp_path / "two")))
+    place("three/happy/a.wav"), place("three/weird/a.wav")
+    with pytest.raises(UserError, match="share happy, at least two"):
+        cross_corpus(open_corpus(str(tmp_path / "one")), open_corpus(str(tmp_path / "three")))
+
+
 def test_unusable_folders_are_refused(place, tmp_path):
     assert "no such folder" in refusal(open_corpus, str(tmp_path / "missing"))
     file = place("calm/a.wav")
@@ -297,9 +453,11 @@ def test_unusable_folders_are_refused(place, tmp_path):
 def test_emodb_is_found_in_data_folder_then_cache(place, tmp_path, monkeypatch):
     monkeypatch.setenv("NPSER_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with pytest.raises(UserError, match=r"set NPSER_DATA .* --data FOLDER") as caught:
+    monkeypatch.setattr("npser.fetch.fetch_emodb", lambda folder: asked.append(folder))
+    asked = []
+    with pytest.raises(UserError, match="no such folder"):  # because nothing was fetched
         open_corpus("emodb")
-    assert "\n" not in str(caught.value)
+    assert asked == [tmp_path / "cache" / "npser" / "emodb"]
     for name in ("03a01Wa.wav", "03a01Na.wav"):
         place(f"cache/npser/emodb/wav/{name}")
     assert open_corpus("emodb").speakers == ("03",)

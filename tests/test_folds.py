@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from npser.errors import UserError
-from npser.folds import development_split, random_oversampling, speaker_folds, stratified_folds
+from npser.folds import development_split, random_oversampling, speaker_folds, split_test, stratified_folds
 
 # The corpus of the paper: neutral 79, anger 127, fear 69, disgust 46, sadness 62, boredom 81, happy 71.
 EMODB = np.repeat(np.arange(7), [79, 127, 69, 46, 62, 81, 71])
@@ -148,3 +148,15 @@ def test_development_split_depends_on_the_seed():
 def test_development_split_refuses_a_share_outside_0_to_1(share):
     with pytest.raises(ValueError, match="share"):
         development_split(EMODB, share, (0,))
+
+
+def test_given_split():
+    np.testing.assert_array_equal(split_test(["test", "train", "train", "test"], [0, 1, 0, 0], "ab"), [0, 3])
+    for splits, targets, said in [
+        (["train", ""], [0, 1], "1 of 2 utterances are neither"),
+        (["test", "test"], [0, 1], "nothing to train on"),
+        (["train", "train"], [0, 1], "nothing to test on"),
+        (["train", "test"], [0, 1], "there is no b to train on"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            split_test(splits, targets, "ab")

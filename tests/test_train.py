@@ -293,3 +293,61 @@ def test_other_file_names_in_emodb_are_skipped_named_and_counted(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "holiday.wav: not an EMO-DB file name" in result.stderr
     assert "skipped 1 file" in result.stderr
+
+
+def test_train_on_one_corpus_and_test_on_another(tones, tmp_path):
+    for n in range(3):
+        write_tone(tmp_path / "other" / "happy" / f"{n}.wav", 700 + n)
+        write_tone(tmp_path / "other" / "sadness" / f"{n}.wav", 170 + n)
+        write_tone(tmp_path / "other" / "calm" / f"{n}.wav", 170 + n)
+    options = ("--arch", "lstm", "--repeats", "1", "--epochs", "1", "--segment-hop", "40", "--out", tmp_path / "out")
+    result = run_module("npser.train", *options, "--data", tones, "--test-data", tmp_path / "other")
+    assert result.returncode == 0, result.stderr
+    assert "1 fold, training and test as given, x 1 repeat" in result.stdout
+    fold = json.loads((tmp_path / "out" / "folds" / "r0f0.json").read_text())
+    assert sorted(u["file"] for u in fold["utterances"]) == [
+        f"other/{emotion}/{n}.wav" for emotion in ("happy", "sadness") for n in range(3)
+    ]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["corpus"].endswith("-to-other")
+
+
+def test_a_split_needs_one_that_is_given(tones, tmp_path):
+    for options, said in [
+        (("--cv", "split"), "a .csv file with a column split"),
+        (("--test-data", tones, "--cv", "speaker"), "--cv speaker cannot be"),
+        (("--test-data", tones, "--folds", "3"), "makes one fold"),
+        (("--test-data", "demo"), "built-in corpus"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            train.main(["--arch", "lstm", "--data", str(tones), "--out", str(tmp_path), *map(str, options)])
+
+
+def test_model_with_the_score_of_its_cross_validation_stored_as_float16(finished, tones, tmp_path):
+    options = [o for o in SHORT if o not in ("--folds", "2", "--repeats", "1")]
+    options += ["--data", tones, "--cv", "none", "--out", tmp_path / "out", "--save", tmp_path / "m.npz"]
+    result = run_module("npser.train", *options, "--score-from", finished, "--storage", "float16")
+    assert result.returncode == 0, result.stderr
+    loss = re.search(r"float16: 0\.\d+ MB; of 14 training utterances (\d+) get another label", result.stdout)
+    assert loss
+    assert "no probability changes by more than" in result.stdout
+    model = load_model(tmp_path / "m.npz")
+    assert model.params["lstm1.wx"].dtype == np.float32
+    np.testing.assert_array_equal(
+        model.params["lstm1.wx"].astype(np.float16).astype(np.float32), model.params["lstm1.wx"]
+    )
+    folds = [json.loads((finished / "folds" / f"r0f{f}.json").read_text())["confusion"]["sum"] for f in (0, 1)]
+    matrix = np.sum(folds, axis=0)
+    assert model.cross_validation["folds"] == 2
+    assert model.cross_validation["uar"] == pytest.approx(np.mean(np.diagonal(matrix) / matrix.sum(axis=1)))
+    assert model.training["corpus"] in result.stdout
+
+
+def test_the_score_of_another_training_is_refused(finished, tones, tmp_path):
+    base = ["--arch", "lstm", "--data", str(tones), "--cv", "none", "--out", str(tmp_path / "o"), "--epochs", "3"]
+    for options, said in [
+        (["--segment-hop", "8", "--score-from", str(finished)], "its segment_hop are not"),
+        (["--segment-hop", "40", "--score-from", str(tmp_path)], "not a run folder"),
+        (["--cv", "stratified", "--storage", "float16"], "no single model"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            train.main([*base, *options])

@@ -1,0 +1,184 @@
+"""Audio files of any format, rate and length -> mono samples at 16 kHz, block by block or all at once.
+
+A long recording never lies in memory: `Recording` decodes and resamples it in blocks, and the samples are the same,
+bit for bit, as those of the whole file resampled at once. Whatever is wrong with a file ends in a `UserError` that
+names it.
+"""
+
+import math
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import soundfile
+from numpy.typing import NDArray
+from scipy.signal import firwin, resample_poly
+
+from npser.errors import UserError
+
+SAMPLE_RATE = 16000  # Hz
+FRAME = 256  # samples: a recording must fill one analysis frame
+AUDIO_SUFFIXES = (
+    *(".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".aifc", ".au", ".snd", ".caf", ".w64"),
+)
+
+_BLOCK = 1 << 18  # samples of one channel that are decoded at once
+_REACH = 10  # the resampling filter's length on each side, in periods of the lower of the two rates (as in SciPy)
+
+Samples = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A recording that was read through once and found usable; `samples` reads it again, block by block.
+
+    path: the file; length: samples at 16 kHz; peak: the largest magnitude among them, as decoded.
+    """
+
+    path: str
+    length: int
+    peak: float
+
+    @property
+    def seconds(self) -> float:
+        return self.length / SAMPLE_RATE
+
+    def samples(self) -> Iterator[NDArray[np.float32]]:
+        """Blocks of mono samples at 16 kHz within [-1, 1], one after the other; see `read_audio`."""
+        for block in _resampled_blocks(self.path):
+            yield _scaled(block, self.peak)
+
+
+def open_recording(path: str | os.PathLike[str]) -> Recording:
+    """Read a file through, in constant memory, and say whether it can be used: UserError, naming it, where not.
+
+    Refused: missing or unreadable, not audio, truncated, empty, silent, shorter than one frame, or with samples that
+    are not finite.
+    """
+    path = os.fspath(path)
+    length, peak = 0, 0.0
+    for block in _resampled_blocks(path):
+        length += block.size
+        peak = max(peak, _peak(block))
+    return Recording(path, length, peak)
+
+
+def read_audio(path: str | os.PathLike[str]) -> NDArray[np.float32]:
+    """Read any audio file: (samples,) float32, mono (mean of the channels), 16 kHz, within [-1, 1].
+
+    Only a file that exceeds full scale (floating-point formats, overshoot of the resampling filter) is scaled, to
+    peak 1. UserError as in `open_recording`.
+    """
+    samples = np.concatenate(list(_resampled_blocks(os.fspath(path))))
+    return _scaled(samples, _peak(samples))
+
+
+def _peak(samples: Samples) -> float:
+    return float(np.abs(samples).max()) if samples.size else 0.0
+
+
+def _scaled(samples: Samples, peak: float) -> NDArray[np.float32]:
+    return np.ascontiguousarray(samples / max(peak, 1.0), dtype=np.float32)
+
+
+def _resampled_blocks(path: str) -> Iterator[Samples]:
+    """Blocks of mono samples at 16 kHz, not scaled. UserError, at the end at the latest, for a file not to be used."""
+    if not os.path.exists(path):
+        raise UserError(f"{path}: no such file")
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: not a file; name an audio file")
+    try:
+        if os.path.getsize(path) == 0:
+            raise UserError(f"{path}: empty, it holds no bytes; copy it again")
+        if _header_promises_more(path):
+            raise UserError(f"{path}: truncated, the header promises more data than the file holds; copy it again")
+        with soundfile.SoundFile(path) as file:
+            # The filter grows with the rate: a damaged one would exhaust memory.
+            if file.frames and not 1000 <= file.samplerate <= 768_000:
+                raise UserError(
+                    f"{path}: sample rate of {file.samplerate} Hz is not that of a speech recording; convert it to "
+                    "16 kHz"
+                )
+            made = 0
+            for block in resampled(_checked(path, _decoded(file), file), file.samplerate):
+                made += block.size
+                yield block
+    except (OSError, RuntimeError, TypeError) as error:  # soundfile raises all three; TypeError is for headerless .raw
+        reason = " ".join(str(getattr(error, "error_string", error)).split())
+        raise UserError(f"{path}: cannot be read as audio ({reason}); copy it again or convert it to WAV") from error
+    if made < FRAME:
+        raise UserError(f"{path}: {made} samples at 16 kHz are shorter than one frame of {FRAME}; remove it")
+
+
+def _decoded(file: soundfile.SoundFile) -> Iterator[Samples]:
+    """Blocks of samples, averaged over the channels: memory grows with neither the file nor what its header claims."""
+    block = max(1, _BLOCK // file.channels)
+    while len(samples := file.read(block, dtype="float64", always_2d=True)):
+        yield samples.mean(axis=1)
+
+
+def _checked(path: str, blocks: Iterable[Samples], file: soundfile.SoundFile) -> Iterator[Samples]:
+    """The same blocks; UserError where the samples cannot be those of a recording."""
+    size, least, most = 0, math.inf, -math.inf
+    for block in blocks:
+        if not np.isfinite(block).all():
+            raise UserError(f"{path}: holds samples that are not finite (NaN or infinity); export it again")
+        size, least, most = size + block.size, min(least, float(block.min())), max(most, float(block.max()))
+        yield block
+    if size == 0:
+        raise UserError(f"{path}: empty, it holds no samples; remove it or record it again")
+    # The length of an MP3 file without an index is an estimate: a shortage of up to two of its frames is no damage.
+    if size < file.frames - (2 * 1152 if file.format in ("MP3", "MPEG") else 0):
+        raise UserError(f"{path}: truncated, {size} of {file.frames} samples could be read; copy it again")
+    if least == most:
+        raise UserError(f"{path}: silent, all its samples are equal; remove it or record it again")
+
+
+def resampled(blocks: Iterable[Samples], rate: int) -> Iterator[Samples]:
+    """Blocks of samples at `rate` Hz -> blocks at 16 kHz: together what SciPy's `resample_poly` makes of the whole.
+
+    With p/q the ratio of the rates, output m is the filter's sum around input m q/p. A piece that starts at a multiple
+    of q inputs therefore has its outputs on the same grid as the whole; given the filter's reach on both sides, its
+    inner outputs are the same sums.
+    """
+    common = math.gcd(rate, SAMPLE_RATE)
+    up, down = SAMPLE_RATE // common, rate // common
+    if up == down:
+        yield from blocks
+        return
+    taps = firwin(2 * _REACH * max(up, down) + 1, 1 / max(up, down), window=("kaiser", 5.0))
+    margin = -(-_REACH * max(up, down) // (up * down)) + 1  # of inputs on each side, in multiples of `down`
+    least = max(_BLOCK // 2, 4 * margin * down)
+    held = np.empty(0)  # inputs not finished with: `before` multiples that only reach into the next outputs, then new
+    before = 0
+    for block in blocks:
+        held = np.concatenate([held, block])
+        if held.size < least + (before + margin) * down:
+            continue
+        ready = held.size // down - before - margin  # multiples of `down` whose outputs have all their inputs
+        made = resample_poly(held, up, down, window=taps)
+        yield made[before * up : (before + ready) * up]
+        kept = min(before + ready, margin)
+        held = held[(before + ready - kept) * down :]
+        before = kept
+    if held.size:
+        yield resample_poly(held, up, down, window=taps)[before * up :]
+
+
+def _header_promises_more(path: str) -> bool:
+    """Whether the sample chunk of a WAV or AIFF file is longer than the file: libsndfile would shorten it silently."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        container = file.read(12)[:4]
+        if container not in (b"RIFF", b"RIFX", b"FORM"):
+            return False
+        order = "<" if container == b"RIFF" else ">"
+        while len(header := file.read(8)) == 8:
+            length = struct.unpack(order + "I", header[4:])[0]
+            if header[:4] in (b"data", b"SSND"):
+                # Programs that write into a pipe cannot know the length and put (nearly) the largest one there.
+                return file.tell() + length > size and length < 0x7FFF0000
+            file.seek(length + length % 2, os.SEEK_CUR)  # chunks start at even offsets
+    return False

@@ -1,0 +1,208 @@
+"""python -m npser.export: a model file -> ONNX, the format that browsers, phones and other programs run.
+
+The graph reads log-magnitude frames as `npser.features` makes them, not standardised, and returns probabilities: the
+statistics of the training data are part of it. Layers are translated one by one from the list that the network is.
+"""
+
+import json
+import os
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from npser.cli import Parser, run
+from npser.errors import RunFailed, UserError
+from npser.modelfile import feature_settings
+from npser.models import Model, load_model
+from npser.scoring import standardisation
+
+OPSET = 17
+TOLERANCE = 1e-5  # between the probabilities of this program and those of ONNX Runtime
+
+
+class Graph:
+    """An ONNX graph in the making: nodes in order, constants by name."""
+
+    def __init__(self) -> None:
+        try:
+            import onnx
+            import onnxruntime
+        except ImportError as error:
+            raise UserError(f"ONNX needs {error.name}: pip install 'npser[onnx]'") from error
+        self.onnx, self.runtime = onnx, onnxruntime
+        self.nodes: list[Any] = []
+        self.constants: list[Any] = []
+
+    def constant(self, name: str, value: NDArray[Any]) -> str:
+        self.constants.append(self.onnx.numpy_helper.from_array(np.array(value, order="C"), name))
+        return name
+
+    def node(self, kind: str, *inputs: str, **attributes: Any) -> str:
+        """Add an operation; returns the name of its (first) output."""
+        name = f"{kind.lower()}{len(self.nodes)}"
+        self.nodes.append(self.onnx.helper.make_node(kind, list(inputs), [name], name, **attributes))
+        return name
+
+    def reshape(self, x: str, *shape: int) -> str:
+        return self.node("Reshape", x, self.constant(f"shape{len(self.nodes)}", np.array(shape, np.int64)))
+
+
+def build(graph: Graph, model: Model) -> Any:
+    """The model as an onnx.ModelProto: "frames" (B, input_frames, bins) -> "probabilities" (B, K)."""
+    scale, params, bins = standardisation(model), model.params, model.settings["bins"]
+    x = graph.node("Sub", "frames", graph.constant("mean", scale.mean))
+    x = graph.node("Div", x, graph.constant("deviation", scale.deviation))
+    if model.arch == "cnn":
+        x = _convolutions(graph, params, graph.reshape(x, -1, 1, bins, bins))  # (B, 1, T, F)
+        x = graph.node("Relu", _dense(graph, params, "dense1", x))
+    elif model.arch == "lstm":
+        x = graph.node("Transpose", x, perm=[1, 0, 2])  # (T, B, F)
+        for name in ("lstm1", "lstm2", "lstm3"):
+            x = _lstm(graph, params, name, x)
+        x = _last(graph, x)
+    else:
+        x = _time_distributed(graph, params, x, model.input_frames, bins)
+        for name in ("lstm1", "lstm2"):
+            x = _lstm(graph, params, name, x)
+        x = _last(graph, x)
+    p = graph.node("Softmax", _dense(graph, params, "out", x), axis=1)
+    graph.node("Identity", p)
+    graph.nodes[-1].output[0] = "probabilities"
+    helper, kind = graph.onnx.helper, graph.onnx.TensorProto.FLOAT
+    made = helper.make_model(
+        helper.make_graph(
+            graph.nodes,
+            f"npser-{model.arch}",
+            [helper.make_tensor_value_info("frames", kind, ["batch", model.input_frames, bins])],
+            [helper.make_tensor_value_info("probabilities", kind, ["batch", model.settings["classes"]])],
+            graph.constants,
+        ),
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        producer_name="npser",
+        ir_version=8,  # of the time of this opset: older runtimes refuse newer files
+    )
+    about = {"labels": list(model.labels), "features": feature_settings(), "training": dict(model.training)}
+    helper.set_model_props(made, {key: json.dumps(value) for key, value in about.items()})
+    graph.onnx.checker.check_model(made)
+    return made
+
+
+def _convolutions(graph: Graph, params: dict[str, Any], x: str) -> str:
+    """(N, 1, T, F) -> (N, T/4 * F/4 * C): ONNX images have their channels first, ours, and the flat order, last."""
+    for name in ("conv1", "conv2"):
+        w = graph.constant(f"{name}.w", params[f"{name}.w"].transpose(3, 2, 0, 1))
+        b = graph.constant(f"{name}.b", params[f"{name}.b"])
+        x = graph.node("Conv", x, w, b, kernel_shape=[3, 3], pads=[1, 1, 1, 1])
+        x = graph.node("MaxPool", graph.node("Relu", x), kernel_shape=[2, 2], strides=[2, 2])
+    return graph.node("Flatten", graph.node("Transpose", x, perm=[0, 2, 3, 1]), axis=1)
+
+
+def _time_distributed(graph: Graph, params: dict[str, Any], x: str, frames: int, bins: int) -> str:
+    """(B, frames, F) -> (W, B, features): the windows of all samples go through the convolutions as one batch."""
+    from npser.models import WINDOW_HOP, WINDOWS
+
+    axis = graph.constant("time", np.array([1], np.int64))
+    windows = []
+    for w in range(WINDOWS):
+        first, last = (np.array([n], np.int64) for n in (WINDOW_HOP * w, WINDOW_HOP * w + bins))
+        bounds = graph.constant(f"from{w}", first), graph.constant(f"to{w}", last)
+        windows.append(graph.node("Slice", x, *bounds, axis))
+    x = graph.reshape(graph.node("Concat", *windows, axis=0), -1, 1, bins, bins)  # (W * B, 1, T, F)
+    x = _convolutions(graph, params, x)
+    return graph.reshape(x, WINDOWS, -1, params["lstm1.wx"].shape[0])
+
+
+def _dense(graph: Graph, params: dict[str, Any], name: str, x: str) -> str:
+    w = graph.constant(f"{name}.w", params[f"{name}.w"])
+    return graph.node("Gemm", x, w, graph.constant(f"{name}.b", params[f"{name}.b"]))
+
+
+def _lstm(graph: Graph, params: dict[str, Any], name: str, x: str) -> str:
+    """(T, B, I) -> (T, B, H). ONNX orders the gates input, output, forget, cell; ours: input, forget, cell, output."""
+
+    def gates(value: NDArray[Any]) -> NDArray[Any]:
+        i, f, c, o = np.split(value, 4, axis=-1)
+        return np.concatenate([i, o, f, c], axis=-1)
+
+    wx, wh, b = (gates(params[f"{name}.{part}"]) for part in ("wx", "wh", "b"))
+    hidden = wh.shape[0]
+    weights = (
+        graph.constant(f"{name}.wx", wx.T[None]),
+        graph.constant(f"{name}.wh", wh.T[None]),
+        graph.constant(f"{name}.b", np.concatenate([b, np.zeros_like(b)])[None]),
+    )
+    y = graph.node("LSTM", x, *weights, hidden_size=hidden)  # (T, 1, B, H): one direction
+    return graph.node("Squeeze", y, graph.constant(f"{name}.direction", np.array([1], np.int64)))
+
+
+def _last(graph: Graph, x: str) -> str:
+    """(T, B, H) -> (B, H) of the last step."""
+    return graph.node("Gather", x, graph.constant("last", np.array(-1, np.int64)), axis=0)
+
+
+def difference(graph: Graph, content: bytes, model: Model, windows: int = 8) -> float:
+    """The largest difference between the model's probabilities and ONNX Runtime's, over random windows."""
+    scale = standardisation(model)
+    rng = np.random.default_rng(0)
+    shape = (windows, model.input_frames, model.settings["bins"])
+    frames = (scale.mean + scale.deviation * rng.standard_normal(shape)).astype(np.float32)
+    options = graph.runtime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    session = graph.runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    (p,) = session.run(["probabilities"], {"frames": frames})
+    return float(np.abs(p - model.predict_proba(scale.apply(frames))).max())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit status, raises UserError or RunFailed."""
+    parser = Parser(
+        prog="python -m npser.export",
+        description="Write a trained model as ONNX, which browsers, phones and other programs run without Python. "
+        "Input frames (batch, frames, 128): natural logarithms of the magnitudes of bins 0 to 127 of a 256-point "
+        "Fourier transform with a periodic Hann window every 128 samples, at least log 0.001, of 16 kHz samples within "
+        "[-1, 1], not standardised. Output probabilities (batch, emotions). Labels, features and training are in the "
+        "file's metadata.",
+        epilog="What is written was run by ONNX Runtime first, and gave the same probabilities within 1e-5. Needs "
+        "pip install 'npser[onnx]'. Exit status: 0 ok, 1 the check failed, 2 wrong use or bad input.",
+    )
+    parser.add_argument("model", metavar="MODEL.npz", type=Path, help="a model that npser.train saved")
+    parser.add_argument("target", metavar="MODEL.onnx", type=Path, help="the file to write")
+    options = parser.parse_args(arguments)
+    graph = Graph()
+    if options.target.suffix != ".onnx":
+        raise UserError(f"{options.target}: the file to write is called something.onnx")
+    model = load_model(options.model)
+    try:
+        made = build(graph, model)
+    except UserError as error:
+        raise UserError(f"{options.model}: {error}") from None
+    content = made.SerializeToString()
+    apart = difference(graph, content, model)
+    if not apart <= TOLERANCE:
+        raise RunFailed(f"ONNX Runtime's probabilities differ by {apart:.1e}, more than {TOLERANCE:g}: nothing written")
+    _write(options.target, content)
+    print(
+        f"{options.target}: {model.arch}, {len(content) / 1e6:.2f} MB, opset {OPSET}; ONNX Runtime "
+        f"{graph.runtime.__version__} gives the same probabilities within {apart:.1e}"
+    )
+    return 0
+
+
+def _write(target: Path, content: bytes) -> None:
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        try:
+            temporary.write_bytes(content)
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise RunFailed(f"{target}: cannot be written ({error.strerror})") from error
+
+
+if __name__ == "__main__":
+    run("npser.export", main)

@@ -1,0 +1,153 @@
+"""The folds of a cross-validation in several processes, here or on other machines: they are independent of each other.
+
+`run_folds` hands folds to any `concurrent.futures.Executor` and saves what comes back here, in the process that owns
+the run folder. A fold is a function of corpus, settings and seed alone: where it is computed changes nothing.
+"""
+
+import io
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from npser.errors import RunFailed, UserError
+
+if TYPE_CHECKING:
+    from npser.corpus import Corpus
+    from npser.crossval import Frames
+    from npser.runfolder import FoldResult, RunFolder
+
+LOST = 3  # times that a worker may die before the run gives up
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a worker needs to compute a fold: plain values, so that it can be sent anywhere."""
+
+    data: str  # --data and --test-data
+    test_data: str | None
+    config: Mapping[str, Any]  # config.json
+    repeat: int
+    fold: int
+    checkpoint: str | None  # where the state of the unfinished fold is kept, None for nowhere
+    about: Mapping[str, Any]  # recorded with the fold
+
+    @property
+    def name(self) -> str:
+        return f"{self.repeat}.{self.fold}"
+
+
+def compute(job: Job) -> "FoldResult":
+    """Compute a fold, in a worker. RunFailed when the training diverges, UserError when its corpus is another one."""
+    from npser.cli import machine, set_threads
+
+    set_threads(job.config["threads"], job.config["backend"])
+    from pathlib import Path
+
+    from npser.crossval import make_folds, train_and_test
+    from npser.progress import Progress
+    from npser.train import listing_sha256, settings_of
+
+    corpus, frames = _corpus(job.data, job.test_data, job.config["backend"], job.config["threads"])
+    if listing_sha256(corpus) != job.config["utterances_sha256"]:
+        raise UserError(f"--data {job.data}: the worker finds other utterances there than this machine")
+    config = job.config
+    folds = make_folds(corpus, config["cv"], config["folds"], config["repeats"], config["seed"])
+    fold = next(fold for fold in folds if (fold.repeat, fold.number) == (job.repeat, job.fold))
+    silent = Progress(0, io.StringIO())
+    silent.begin_fold(f"fold {job.name}", 0)
+    path = Path(job.checkpoint) if job.checkpoint else None
+    return train_and_test(corpus, frames, fold, settings_of(config), silent, path, {**job.about, "machine": machine()})
+
+
+@lru_cache(maxsize=1)
+def _corpus(data: str, test_data: str | None, backend: str, threads: int) -> "tuple[Corpus, Frames]":
+    """The corpus and its frames, kept from one fold to the next."""
+    from npser.corpus import cross_corpus, open_corpus
+    from npser.frontend import read_frames
+
+    corpus = open_corpus(data)
+    if test_data:
+        corpus = cross_corpus(corpus, open_corpus(test_data))
+    return corpus, read_frames(corpus, backend, threads)
+
+
+def run_folds(executor: Executor, jobs: Iterable[Job], folder: "RunFolder", at_once: int) -> None:
+    """Compute the folds, at most `at_once` of them at a time, and save each as soon as it is there.
+
+    Whatever a fold raises is raised here, and no further fold is begun; those that are finished are kept.
+    """
+    waiting = list(jobs)
+    total, running = len(waiting), dict[Future[Any], Job]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                job = waiting.pop(0)
+                running[executor.submit(compute, job)] = job
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                result = future.result()
+                folder.save_fold(result)
+                job = running.pop(future)
+                left = len(waiting) + len(running)
+                last = f", training loss {result.epochs[-1].loss:.4f}" if result.epochs else ""
+                took = f" in {result.run['seconds']:.0f} s" if "seconds" in result.run else ""
+                print(f"fold {job.name} done{took}{last}; {total - left} of {total}", file=sys.stderr, flush=True)
+    finally:
+        for future in running:
+            future.cancel()
+
+
+def run_locally(
+    jobs: Iterable[Job], folder: "RunFolder", workers: int, make: "Callable[[int], Executor] | None" = None
+) -> None:
+    """`run_folds` in processes of this machine; when one dies, the folds that are not finished start again.
+
+    make: a pool of so many workers (default: spawned processes).
+    """
+    left = list(jobs)
+    for _ in range(LOST):
+        try:
+            with (make or spawned)(min(workers, len(left))) as executor:
+                run_folds(executor, left, folder, workers)
+            return
+        except BrokenProcessPool:  # a dead process takes its pool along
+            print("a worker died (killed, or out of memory): unfinished folds start again", file=sys.stderr, flush=True)
+            finished = set(folder.finished())
+            left = [job for job in left if (job.repeat, job.fold) not in finished]
+    raise RunFailed(f"workers died {LOST} times: use fewer --workers; the finished folds are kept")
+
+
+def spawned(workers: int) -> ProcessPoolExecutor:
+    """Spawned processes, never forked ones: GNU OpenMP aborts in a forked child's first parallel region."""
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+
+
+def run_on_dask(jobs: Iterable[Job], folder: "RunFolder", address: str) -> None:
+    """`run_folds` on the workers of a dask.distributed scheduler; a fold whose worker is lost goes to another one.
+
+    UserError when no scheduler answers or its workers cannot be used.
+    """
+    try:
+        from distributed import Client, KilledWorker
+    except ImportError as error:
+        raise UserError("--dask: needs dask.distributed: pip install 'npser[dask]'") from error
+    try:
+        client = Client(address, timeout=10, set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--dask {address}: no scheduler answers there ({' '.join(str(error).split())})") from error
+    with client:
+        threads = client.nthreads().values()
+        if not threads:
+            raise UserError(f"--dask {address}: no worker is connected: dask worker --nthreads 1 {address}")
+        if max(threads) > 1:  # the kernels run threads of their own, and must not be called from several at once
+            raise UserError(f"--dask {address}: workers must compute one fold at a time: start them with --nthreads 1")
+        jobs = list(jobs)
+        try:
+            run_folds(client.get_executor(pure=False), jobs, folder, len(jobs))
+        except KilledWorker as error:
+            raise RunFailed("--dask: a fold lost its worker several times; the finished folds are kept") from error

@@ -1,0 +1,172 @@
+"""Intervals, hard utterances and paired tests, against what can be worked out by hand or by brute force."""
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from npser.analysis import (
+    learning_curves,
+    listeners,
+    paired,
+    speaker_matrices,
+    uar_interval,
+    utterance_record,
+)
+from npser.errors import UserError
+from npser.runfolder import EpochResult, fold_result
+
+LABELS = ("calm", "joy")
+
+
+def fold(decisions, repeat=0, number=0, epochs=()):
+    """decisions: file -> (speaker, truth, decision, probability of joy)."""
+    return fold_result(
+        repeat=repeat,
+        fold=number,
+        labels=LABELS,
+        vote="sum",
+        epochs=epochs,
+        files=list(decisions),
+        speakers=[d[0] for d in decisions.values()],
+        truth=[d[1] for d in decisions.values()],
+        probabilities=[(1 - d[3], d[3]) for d in decisions.values()],
+        majority=[d[2] for d in decisions.values()],
+        run={},
+    )
+
+
+def random_fold(right, seed=0, speakers="abcdefgh", repeat=0):
+    """40 utterances, each right with the probability of its speaker."""
+    rng = np.random.default_rng(seed)
+    decisions = {}
+    for n in range(40):
+        speaker, truth = speakers[n % len(speakers)], n // 8 % 2
+        k = truth if rng.random() < right[speaker] else 1 - truth
+        decisions[f"{n}.wav"] = (speaker, truth, k, 0.9 if k else 0.1)
+    return fold(decisions, repeat)
+
+
+EVEN = dict.fromkeys("abcdefgh", 0.6)
+UNEVEN = {s: 0.95 if s in "abcd" else 0.25 for s in "abcdefgh"}
+
+
+def test_matrices_of_speakers_add_up_to_the_folds():
+    folds = [random_fold(EVEN, 0), random_fold(EVEN, 1, repeat=1)]
+    matrices = speaker_matrices(folds, "sum")
+    assert list(matrices) == list("abcdefgh")
+    np.testing.assert_array_equal(sum(matrices.values()), folds[0].matrix("sum") + folds[1].matrix("sum"))
+    assert all(matrix.sum() == 10 for matrix in matrices.values())
+
+
+def test_interval_is_the_bootstrap_over_speakers():
+    matrices = speaker_matrices([random_fold(UNEVEN)], "sum")
+    interval = uar_interval(matrices)
+    rng = np.random.default_rng(99)  # another generator, the plain loop
+    stacked, uars = np.array(list(matrices.values())), []
+    for _ in range(4000):
+        matrix = stacked[rng.integers(0, 8, 8)].sum(axis=0)
+        uars.append(np.mean([matrix[k, k] / matrix[k].sum() for k in (0, 1)]))
+    low, high = np.percentile(uars, (2.5, 97.5))
+    assert interval.low == pytest.approx(low, abs=0.02)
+    assert interval.high == pytest.approx(high, abs=0.02)
+    assert interval.low < interval.value < interval.high
+    assert interval.speakers == 8
+
+
+def test_speakers_who_differ_widen_the_interval():
+    alike, unlike = (uar_interval(speaker_matrices([random_fold(r, 3)], "sum")) for r in (EVEN, UNEVEN))
+    assert unlike.high - unlike.low > 1.3 * (alike.high - alike.low)
+
+
+def test_no_interval_without_speakers():
+    assert uar_interval(speaker_matrices([random_fold({"": 0.6}, speakers=[""])], "sum")) is None
+    assert uar_interval(speaker_matrices([random_fold({"a": 0.6}, speakers="a")], "sum")) is None
+
+
+def test_hard_utterances_first():
+    one = fold({"a": ("x", 0, 1, 0.9), "b": ("x", 0, 1, 0.6), "c": ("x", 1, 1, 0.8), "d": ("x", 1, 0, 0.3)})
+    two = fold({"a": ("x", 0, 1, 0.7), "b": ("x", 0, 1, 0.8), "c": ("x", 1, 1, 0.9), "d": ("x", 1, 1, 0.9)}, repeat=1)
+    record = utterance_record([one, two], "sum")
+    assert [(h.file, h.wrong, h.tested, h.taken_for) for h in record] == [
+        ("a", 2, 2, "joy"),
+        ("b", 2, 2, "joy"),
+        ("d", 1, 2, "calm"),
+        ("c", 0, 2, ""),
+    ]
+    assert record[0].probability == pytest.approx(0.2)
+    assert record[2].probability == pytest.approx(0.6)
+
+
+def test_listeners(tmp_path):
+    file = tmp_path / "erkennung.txt"
+    file.write_bytes("Nr.\tSatz\terkannt\tnatürlich\n1\xa0 \t03a01Fa.wav\t90,00\xa0 \t75,00\n".encode("latin-1"))
+    assert listeners(file) == {"03a01Fa.wav": 0.9}
+    for content in (b"", b"a\nb\tc\td\n", b"only\na\n"):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=r"erkennung\.txt"):
+            listeners(file)
+    with pytest.raises(UserError):
+        listeners(tmp_path / "absent.txt")
+
+
+def test_learning_curves():
+    def epochs(*losses):
+        return [EpochResult(n, loss, 0.5, 1.0) for n, loss in enumerate(losses, 1)]
+
+    base = {"a": ("x", 0, 1, 0.9)}
+    curves = learning_curves([fold(base, epochs=epochs(2.0, 1.0)), fold(base, 1, epochs=epochs(4.0))])
+    assert [(n, losses.tolist()) for n, losses, _ in curves] == [(1, [2.0, 4.0]), (2, [1.0])]
+
+
+def test_paired_difference_and_its_p_values_by_brute_force():
+    a = [random_fold(UNEVEN, 1), random_fold(UNEVEN, 2, repeat=1)]
+    b = [random_fold(EVEN, 5)]
+    result = paired(a, b, "sum", "sum")
+    accuracy = {}
+    for name, folds in (("a", a), ("b", b)):
+        for f in folds:
+            for u in f.utterances:
+                accuracy.setdefault((u.file, u.speaker, u.truth), {}).setdefault(name, []).append(
+                    u.prediction == u.truth
+                )
+    d = {key: np.mean(v["a"]) - np.mean(v["b"]) for key, v in accuracy.items()}
+    classes = {truth: [x for (_, _, t), x in d.items() if t == truth] for truth in LABELS}
+    assert result.difference == pytest.approx(np.mean([np.mean(x) for x in classes.values()]))
+    contributions = {s: sum(x / len(classes[t]) / 2 for (_, v, t), x in d.items() if v == s) for s in "abcdefgh"}
+    assert sum(contributions.values()) == pytest.approx(result.difference)
+    sums = [np.dot(list(contributions.values()), signs) for signs in itertools.product((1, -1), repeat=8)]
+    assert result.p_speakers == pytest.approx(np.mean(np.abs(sums) >= abs(result.difference) - 1e-12))
+    better, worse = sum(x > 0 for x in d.values()), sum(x < 0 for x in d.values())
+    assert (result.a_better, result.b_better, result.utterances) == (better, worse, 40)
+    assert result.p_utterances == pytest.approx(binomtest(better, better + worse).pvalue)
+    assert result.low < result.difference < result.high
+
+
+def test_the_test_holds_its_level_and_finds_what_is_there():
+    same = [paired([random_fold(EVEN, s)], [random_fold(EVEN, 1000 + s)], "sum", "sum") for s in range(60)]
+    assert 0 < sum(r.p_speakers < 0.2 for r in same) < 24
+    good = dict.fromkeys("abcdefgh", 0.95)
+    assert paired([random_fold(good)], [random_fold(EVEN)], "sum", "sum").p_speakers < 0.05
+
+
+def test_a_run_against_itself():
+    result = paired([random_fold(EVEN)], [random_fold(EVEN)], "sum", "sum")
+    assert (result.difference, result.p_speakers, result.p_utterances) == (0, 1, 1)
+    assert (result.low, result.high) == (0, 0)
+
+
+def test_unknown_speakers_and_other_utterances():
+    a, b = (random_fold({"": r}, s, speakers=[""]) for s, r in ((0, 0.9), (1, 0.4)))
+    result = paired([a], [b], "sum", "sum")
+    assert np.isnan([result.low, result.high, result.p_speakers]).all()
+    assert result.p_utterances < 0.01
+    other = fold({"elsewhere.wav": ("x", 0, 0, 0.1)})
+    assert paired([a], [other], "sum", "sum") is None
+
+
+def test_more_speakers_than_can_be_enumerated():
+    many = [f"s{n:02d}" for n in range(20)]
+    a, b = (random_fold(dict.fromkeys(many, r), s, many) for s, r in ((0, 0.95), (1, 0.4)))
+    assert paired([a], [b], "sum", "sum").p_speakers < 0.05

@@ -1,0 +1,99 @@
+"""ONNX: every network gives ONNX Runtime's probabilities, and a wrong translation is not written."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from npser import export
+from npser.errors import RunFailed, UserError
+from npser.export import Graph, build, difference, main
+from npser.features import Standardisation
+from npser.models import ARCHITECTURES, build_model
+
+
+def trained_like(arch, **sizes):
+    """A network with weights and biases far from zero, so that no part of it could be left out unnoticed."""
+    model = build_model(arch, seed=1, **sizes)
+    rng = np.random.default_rng(2)
+    bins = model.settings["bins"]
+    model.set_params({n: v + rng.normal(0, 0.1, v.shape).astype(np.float32) for n, v in model.params.items()})
+    model.scale = Standardisation(
+        np.linspace(-6, -4, bins, dtype=np.float32), np.linspace(1, 3, bins, dtype=np.float32)
+    )
+    model.training = {"segment_hop": 16}
+    return model
+
+
+@pytest.fixture
+def tools():
+    for package in ("onnx", "onnxruntime"):
+        pytest.importorskip(package, reason="needs pip install 'npser[onnx]'")
+
+
+@pytest.mark.usefixtures("tools")
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_onnx_runtime_gives_the_same_probabilities(arch, tmp_path, capsys):
+    import onnx
+    import onnxruntime
+
+    model = trained_like(arch, filters=5, hidden=12, bins=16, classes=3)
+    model.labels = ("a", "b", "c")
+    model.save(tmp_path / "m.npz")
+    assert main([str(tmp_path / "m.npz"), str(tmp_path / "m.onnx")]) == 0
+    assert "gives the same probabilities within" in capsys.readouterr().out
+    frames = np.random.default_rng(3).normal(-5, 2, (7, model.input_frames, 16)).astype(np.float32)
+    session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"))
+    (p,) = session.run(None, {"frames": frames})
+    assert p.std(axis=0).min() > 1e-3  # the windows are told apart
+    np.testing.assert_allclose(p, model.predict_proba(model.scale.apply(frames)), atol=1e-5)
+    metadata = {entry.key: json.loads(entry.value) for entry in onnx.load(tmp_path / "m.onnx").metadata_props}
+    assert metadata["labels"] == ["a", "b", "c"]
+    assert metadata["features"]["hop"] == 128
+    assert metadata["training"]["segment_hop"] == 16
+
+
+@pytest.mark.usefixtures("tools")
+def test_the_papers_lstm():
+    model, graph = trained_like("lstm"), Graph()
+    assert difference(graph, build(graph, model).SerializeToString(), model) < 1e-5
+
+
+@pytest.mark.usefixtures("tools")
+def test_a_wrong_translation_is_not_written(tmp_path, monkeypatch):
+    trained_like("lstm", hidden=4, bins=8).save(tmp_path / "m.npz")
+    right = export._last
+
+    def first_step(graph, x):
+        name = right(graph, x)
+        graph.constants[-1].CopyFrom(graph.onnx.numpy_helper.from_array(np.array(0, np.int64), "last"))
+        return name
+
+    monkeypatch.setattr(export, "_last", first_step)
+    with pytest.raises(RunFailed, match="nothing written"):
+        main([str(tmp_path / "m.npz"), str(tmp_path / "m.onnx")])
+    assert not (tmp_path / "m.onnx").exists()
+
+
+@pytest.mark.usefixtures("tools")
+def test_wrong_use(tmp_path):
+    model = build_model("lstm", hidden=4, bins=8)
+    model.save(tmp_path / "m.npz")
+    for arguments, said in [
+        (("m.npz", "m.onnx"), r"m\.npz: the model holds no feature statistics"),
+        (("m.npz", "m.pb"), r"something\.onnx"),
+        (("absent.npz", "m.onnx"), "no such file"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            main([str(tmp_path / argument) for argument in arguments])
+    model.scale = Standardisation(np.zeros(8, np.float32), np.ones(8, np.float32))
+    model.save(tmp_path / "m.npz")
+    with pytest.raises(RunFailed, match="cannot be written"):
+        main([str(tmp_path / "m.npz"), str(tmp_path / "absent" / "m.onnx")])
+
+
+def test_missing_packages_are_asked_for_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(UserError, match=r"pip install 'npser\[onnx\]'"):
+        main([str(tmp_path / "m.npz"), str(tmp_path / "m.onnx")])

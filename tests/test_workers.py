@@ -1,0 +1,222 @@
+"""Folds in several processes: the same results as one after the other, whoever computes them and whoever dies."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+import pytest
+from conftest import ROOT, run_module
+
+from npser import train, workers
+from npser.errors import RunFailed, UserError
+from npser.runfolder import RunFolder, fold_result
+
+SHORT = ("--arch", "lstm", "--folds", "3", "--repeats", "1", "--epochs", "2", "--segment-hop", "40", "--threads", "1")
+
+
+def numbers(out):
+    """Every fold without what depends on the clock and the machine."""
+    folds = {}
+    for path in sorted((out / "folds").glob("*.json")):
+        folds[path.name] = fold = json.loads(path.read_text())
+        del fold["run"]
+        for epoch in fold["epochs"]:
+            del epoch["seconds"]
+    return folds
+
+
+def test_two_processes_give_what_one_gives(tones, tmp_path):
+    alone = run_module("npser.train", *SHORT, "--data", tones, "--out", tmp_path / "one")
+    assert alone.returncode == 0, alone.stderr
+    config = RunFolder.open(tmp_path / "one").config
+    folder = RunFolder.open_or_create(tmp_path / "two", config)
+    checkpoint = str(folder.checkpoint_path(0, 1))
+    jobs = [
+        workers.Job(str(tones), None, config, 0, fold, checkpoint if fold == 1 else None, {"threads": 1})
+        for fold in range(3)
+    ]
+    workers.run_locally(jobs, folder, 2)
+    assert numbers(tmp_path / "one") == numbers(tmp_path / "two")
+    assert len(numbers(tmp_path / "two")) == 3
+    assert not list((tmp_path / "two").rglob("*checkpoint*"))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_the_command_divides_its_threads(tones, tmp_path):
+    result = run_module(
+        "npser.train", *SHORT[:-1], "2", "--data", tones, "--out", tmp_path / "out", "--workers", "2", "--no-checkpoint"
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count(" done in ") == 3
+    assert "3 of 3" in result.stderr
+    fold = json.loads((tmp_path / "out" / "folds" / "r0f0.json").read_text())
+    assert (fold["run"]["workers"], fold["run"]["threads"]) == (2, 1)
+
+
+CONFIG = {"labels": ["a", "b"], "vote": "sum", "arch": "lstm"}
+
+
+def job(fold):
+    return workers.Job("demo", None, CONFIG, 0, fold, None, {})
+
+
+def a_result(fold):
+    return fold_result(
+        repeat=0, fold=fold, labels=["a", "b"], vote="sum", epochs=[], files=[f"{fold}.wav"], speakers=["x"], truth=[0],
+        probabilities=[(0.9, 0.1)], majority=[0], run={},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return RunFolder.open_or_create(tmp_path / "run", CONFIG)
+
+
+def test_any_executor_will_do(folder, monkeypatch):
+    monkeypatch.setattr(workers, "compute", lambda job: a_result(job.fold))
+    with ThreadPoolExecutor(2) as executor:
+        workers.run_folds(executor, [job(n) for n in range(5)], folder, 2)
+    assert folder.finished() == [(0, n) for n in range(5)]
+
+
+def test_a_failing_fold_ends_the_run_and_the_finished_ones_are_kept(folder, monkeypatch):
+    begun = []
+
+    def compute(job):
+        begun.append(job.fold)
+        if job.fold == 2:
+            raise RunFailed("fold 0.2: diverged")
+        return a_result(job.fold)
+
+    monkeypatch.setattr(workers, "compute", compute)
+    with ThreadPoolExecutor(1) as executor, pytest.raises(RunFailed, match=r"fold 0\.2: diverged"):
+        workers.run_folds(executor, [job(n) for n in range(6)], folder, 1)
+    assert folder.finished() == [(0, 0), (0, 1)]
+    assert begun == [0, 1, 2]
+
+
+def die_once(job):
+    """In a spawned process: fold 1 kills its worker the first time."""
+    mark = os.environ["NPSER_TEST_MARK"]
+    if job.fold == 1 and not os.path.exists(mark):
+        with open(mark, "w"):
+            pass
+        os.kill(os.getpid(), signal.SIGKILL)
+    return a_result(job.fold)
+
+
+def test_a_killed_worker_costs_its_fold_only(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NPSER_TEST_MARK", str(tmp_path / "mark"))
+    monkeypatch.setattr(workers, "compute", die_once)  # sent to the workers by name
+    workers.run_locally([job(n) for n in range(4)], folder, 2)
+    assert folder.finished() == [(0, n) for n in range(4)]
+    assert capsys.readouterr().err.count("a worker died") == 1
+
+
+def test_workers_that_die_again_and_again_end_the_run(folder):
+    class Broken(ThreadPoolExecutor):
+        def submit(self, *arguments):
+            raise BrokenProcessPool("dead")
+
+    with pytest.raises(RunFailed, match="workers died 3 times"):
+        workers.run_locally([job(0)], folder, 2, Broken)
+
+
+def test_wrong_use(tones, tmp_path):
+    base = ["--arch", "lstm", "--data", str(tones), "--out", str(tmp_path)]
+    with pytest.raises(UserError, match="they share 1 threads"):
+        train.main([*base, "--threads", "1", "--workers", "2"])
+    with pytest.raises(UserError, match="no folds with --cv none"):
+        train.main([*base, "--cv", "none", "--workers", "2"])
+
+
+def test_a_worker_that_finds_other_utterances_says_so(tones):
+    config = {"backend": "cpu", "threads": 1, "utterances_sha256": "0"}
+    with pytest.raises(UserError, match="other utterances"):
+        workers.compute(workers.Job(str(tones), None, config, 0, 0, None, {}))
+
+
+# --- dask.distributed, with a real scheduler -------------------------------------------------------------------------
+
+
+class Cluster:
+    """A scheduler and workers, each a process of its own, on this machine."""
+
+    def __init__(self, folder, environment):
+        self.environment, self.address_file = environment, folder / "scheduler.json"
+        self.processes = [self._start("scheduler", "--port", "0", "--no-dashboard", "--scheduler-file")]
+        deadline = time.monotonic() + 120
+        while not self.address_file.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(0.2)  # until it is written whole
+        self.address = json.loads(self.address_file.read_text())["address"]
+
+    def _start(self, what, *options):
+        command = [sys.executable, "-m", "distributed.cli.dask_" + what, *options, str(self.address_file)]
+        return subprocess.Popen(command, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def worker(self, threads="1"):
+        options = ("--nthreads", threads, "--no-nanny", "--no-dashboard", "--scheduler-file")
+        self.processes.append(self._start("worker", *options))
+        return self.processes[-1]
+
+    def wait_for(self, workers):
+        from distributed import Client
+
+        with Client(self.address, timeout=60, set_as_default=False) as client:
+            client.wait_for_workers(workers, timeout=120)
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    pytest.importorskip("distributed", reason="needs pip install 'npser[dask]'")
+    cluster = Cluster(tmp_path, os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"})
+    yield cluster
+    for process in cluster.processes:
+        process.kill()
+        process.wait()
+
+
+def test_dask_with_a_worker_killed_half_way_gives_what_one_process_gives(cluster, tones, tmp_path):
+    alone = run_module("npser.train", *SHORT, "--data", tones, "--out", tmp_path / "one")
+    assert alone.returncode == 0, alone.stderr
+    victim, _ = cluster.worker(), cluster.worker()
+    cluster.wait_for(2)
+    command = [sys.executable, "-m", "npser.train", *SHORT, "--data", tones, "--out", tmp_path / "two"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.Popen([*command, "--dask", cluster.address], env=environment, stderr=subprocess.PIPE, text=True)
+    for line in run.stderr:
+        if " done in " in line:  # the first fold is there, the others are at work
+            victim.send_signal(signal.SIGKILL)
+            break
+    rest = run.stderr.read()
+    assert run.wait(timeout=300) == 0, rest
+    assert victim.wait() == -signal.SIGKILL
+    assert len(numbers(tmp_path / "two")) == 3
+    assert numbers(tmp_path / "one") == numbers(tmp_path / "two")
+
+
+def test_dask_that_cannot_be_used(cluster, tones, tmp_path):
+    base = ["--arch", "lstm", "--data", str(tones), "--out", str(tmp_path / "o"), "--threads", "1", "--folds", "2"]
+    with pytest.raises(UserError, match="no worker is connected"):
+        train.main([*base, "--dask", cluster.address])
+    cluster.worker(threads="2")
+    cluster.wait_for(1)
+    with pytest.raises(UserError, match="--nthreads 1"):
+        train.main([*base, "--dask", cluster.address])
+
+
+def test_without_dask(tones, tmp_path, monkeypatch):
+    base = ["--arch", "lstm", "--data", str(tones), "--out", str(tmp_path / "o"), "--folds", "2"]
+    with pytest.raises(UserError, match="leave --workers away"):
+        train.main([*base, "--workers", "2", "--dask", "tcp://127.0.0.1:9"])
+    with pytest.raises(UserError, match="--dask: there are no folds"):
+        train.main([*base, "--cv", "none", "--dask", "tcp://127.0.0.1:9"])
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(UserError, match=r"pip install 'npser\[dask\]'"):
+        train.main([*base, "--dask", "tcp://127.0.0.1:9"])
