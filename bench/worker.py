@@ -21,6 +21,8 @@ import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
+from npser.cli import keep_memory
+
 
 def pin(threads: int, blas_threads: int) -> None:
     """Bind this process, and every thread pool that is still to start, to the first `threads` cores."""
@@ -125,6 +127,8 @@ def main() -> int:
     pin(threads, threads if candidate == "reference" else 1)
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints is no reply
+    if candidate == "npser":
+        keep_memory()  # as the project's own commands do
     serve(Bench(candidate), sys.stdin, replies)
     return 0
 

@@ -29,7 +29,9 @@ from kernels.cpu.tools import Array, compiled, round_up, scratch, thread_id
 ROWS = 8 if REGISTERS == 32 else 6
 VECS = 2
 COLUMNS = VECS * LANES
-BLOCK = 256  # rows, columns and depth of a cache block; COLUMNS divides it
+BLOCK = 256  # rows and columns of a cache block; COLUMNS divides it
+DEPTH = 128  # of a block that is packed on its way
+ROW_DEPTH = 256  # of a block whose rows are read where they lie
 GROUP = 8 * ROWS  # rows of a task where the rows are those of a layer's weights
 
 
@@ -220,15 +222,15 @@ def _multiply(a: Array, b: Array, bias: Array, panels: Array, c: Array) -> None:
         first_tile, n0 = task % row_blocks * tiles_per_block, task // row_blocks * BLOCK
         last_tile, end = min(first_tile + tiles_per_block, tiles), min(n0 + BLOCK, width)
         mine = panels[thread_id()]
-        for k0 in range(0, K, BLOCK):
-            depth = min(BLOCK, K - k0)
+        for k0 in range(0, K, DEPTH):
+            depth = min(DEPTH, K - k0)
             _pack_columns(b, k0, n0, depth, N, mine)
             for n in range(n0, end, COLUMNS):
                 for tile in range(first_tile, last_tile):
                     to = c.ctypes.data + 4 * (tile * ROWS * width + n)
                     before, before_row = (to, width) if k0 else (bias.ctypes.data + 4 * n, 0)
                     add_product(
-                        a.ctypes.data + 4 * (tile * K + k0) * ROWS, mine.ctypes.data + 4 * (n - n0) * BLOCK, depth,
+                        a.ctypes.data + 4 * (tile * K + k0) * ROWS, mine.ctypes.data + 4 * (n - n0) * DEPTH, depth,
                         before, before_row, to, width,
                     )  # fmt: skip
 
@@ -240,7 +242,7 @@ def matmul(a: Array, b: Array, bias: Array | None = None) -> Array:
     start = np.zeros(c.shape[1], np.float32)
     if bias is not None:
         start[:N] = bias
-    panels = scratch(nb.get_num_threads(), BLOCK // COLUMNS, BLOCK, COLUMNS)
+    panels = scratch(nb.get_num_threads(), BLOCK // COLUMNS, DEPTH, COLUMNS)
     _multiply(_packed_rows(a), b, start, panels, c)
     return np.ascontiguousarray(c[:M, :N])
 
@@ -260,13 +262,13 @@ def _multiply_rows(a: Array, panels: Array, transposed: bool, zeros: Array, bloc
     for task in nb.prange(-(-M // GROUP)):
         block = blocks[thread_id()]
         m0, rows = task * GROUP, min(GROUP, M - task * GROUP)
-        for k0 in range(0, K, BLOCK):
-            depth = min(BLOCK, K - k0)
+        for k0 in range(0, K, ROW_DEPTH):
+            depth = min(ROW_DEPTH, K - k0)
             for panel in range(panels.shape[0]):
                 for r in range(0, rows, ROWS):
                     at = a.ctypes.data + 4 * ((m0 + r) * K + k0)
                     if panel == 0:
-                        ask_for(at + 4 * BLOCK, K, ROWS, min(BLOCK, K - k0 - depth) // LANES)
+                        ask_for(at + 4 * ROW_DEPTH, K, ROWS, min(ROW_DEPTH, K - k0 - depth) // LANES)
                     to = block.ctypes.data + 4 * (r * width + panel * COLUMNS)
                     before, before_row = (to, width) if k0 else (zeros.ctypes.data, 0)
                     add_product_of_rows(

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 Array: TypeAlias = NDArray[np.float32]
 
-# Threads that wait for work must sleep: spinning, they take the core from whoever has some. Read by GNU OpenMP when
-# Numba starts its threads.
+# Threads that wait for work must sleep: spinning, they take the core from whoever has some. But not at once: waking up
+# costs more than the moment between two operations lasts. Read by GNU OpenMP when Numba starts its threads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 thread_id: Any = nb.np.ufunc.parallel.get_thread_id
 """The number of the thread at work, inside compiled code."""
