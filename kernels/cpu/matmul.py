@@ -222,7 +222,7 @@ def _multiply(a: Array, b: Array, bias: Array, panels: Array, c: Array) -> None:
         first_tile, n0 = task % row_blocks * tiles_per_block, task // row_blocks * BLOCK
         last_tile, end = min(first_tile + tiles_per_block, tiles), min(n0 + BLOCK, width)
         mine = panels[thread_id()]
-        for k0 in range(0, K, DEPTH):
+        for k0 in range(0, max(K, 1), DEPTH):  # an empty sum is the bias
             depth = min(DEPTH, K - k0)
             _pack_columns(b, k0, n0, depth, N, mine)
             for n in range(n0, end, COLUMNS):
@@ -262,7 +262,7 @@ def _multiply_rows(a: Array, panels: Array, transposed: bool, zeros: Array, bloc
     for task in nb.prange(-(-M // GROUP)):
         block = blocks[thread_id()]
         m0, rows = task * GROUP, min(GROUP, M - task * GROUP)
-        for k0 in range(0, K, ROW_DEPTH):
+        for k0 in range(0, max(K, 1), ROW_DEPTH):
             depth = min(ROW_DEPTH, K - k0)
             for panel in range(panels.shape[0]):
                 for r in range(0, rows, ROWS):
