@@ -107,7 +107,7 @@ def test_candidates_compute_what_the_reference_does(candidate, everything, refer
     finally:
         process.close()
     assert LEAST[candidate] <= offered
-    assert {"train"} if candidate is TORCH_LOOP else {"infer", "label"} <= offered
+    assert ({"train"} if candidate is TORCH_LOOP else {"infer", "label"}) <= offered
     assert ("train" in offered) == (candidate is not ONNX)
 
 
