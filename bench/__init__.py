@@ -5,7 +5,9 @@
 `kernels` times every operation, forward and backward, `train` one training step of each network and the peak memory of
 a fresh process, `infer` a batch of windows and whole utterances from samples to label; `all`, the default, all of that
 and a growth table of our own times. `--quick` shows a few rows at batch 32 in about a minute, without torch.compile.
-What is compared must be installed: pip install 'npser[bench]'; the rest is named as absent.
+What is compared must be installed: pip install 'npser[bench]'; the rest is named as absent. torch.compile needs a C++
+compiler. Whole utterances are of the built-in corpus; the whole corpus is EMO-DB where NPSER_DATA says where it lies,
+else the built-in one. `--json` writes every round's median of every candidate, also of a run that was interrupted.
 
 How it measures:
 - Every candidate lives in a process of its own (worker.py), all on the same cores with the same number of threads. One
@@ -13,6 +15,9 @@ How it measures:
 - Every result is compared with `kernels.reference` before anything is timed; a candidate that is wrong is reported
   and not timed, and the exit status is 1. Whole networks are compared at the paper's size: the probabilities of a few
   windows, the losses and the change of every parameter in two training steps of two windows without dropout.
+- Each framework is given its best form that we know of: PyTorch its fused SGD beside the plain loop, JAX a max-pooling
+  whose backward pass is faster than the customary one and its fastest random generator. Weights stand in its own
+  order before the clock runs.
 - A round runs every candidate in turn, each for some time and at least once; the next round begins with another one.
   A candidate's time is the median over the rounds of its median in each.
 - `ratio` is the time of the fastest peer over ours: above 1 we are faster. In brackets the quartiles of the ratios of
@@ -24,8 +29,9 @@ How it measures:
   caches, can raise it above 100 %.
 
 Reading the code: workloads.py says what is computed, peers/ how each candidate computes it, race.py how candidates take
-turns, machine.py what the machine can do, tables.py what is printed. develop.py is of another kind: it tries settings
-on development data.
+turns, machine.py what the machine can do, suites.py which rows there are, tables.py what is printed. A new operation is
+a kind in workloads.py, a function of that name in the modules of peers/, and a row in suites.py. develop.py is of
+another kind: it tries settings on development data.
 
 Nothing here is imported by npser or kernels.
 """

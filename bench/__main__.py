@@ -268,7 +268,7 @@ class Run:
     def _pace(self) -> Any:
         from bench.race import Pace
 
-        return Pace(turn=0.15, row=2.0, least_rounds=3) if self.options.quick else Pace()
+        return Pace(turn=0.15, row=0.0) if self.options.quick else Pace()
 
     def write_json(self) -> None:
         """Whatever has been measured, also when the run was ended early."""

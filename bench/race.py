@@ -174,8 +174,8 @@ def interleave(
 class Pace:
     """How long things may take: seconds of a turn, seconds of a row's rounds, rounds at least."""
 
-    turn: float = 0.4
-    row: float = 20.0
+    turn: float = 0.3
+    row: float = 12.0
     least_rounds: int = 3
 
 

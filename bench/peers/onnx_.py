@@ -29,7 +29,7 @@ class Graph:
 
     def constant(self, value: Any) -> str:
         name = f"c{len(self.constants)}"
-        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+        self.constants.append(numpy_helper.from_array(np.array(value, order="C"), name))
         return name
 
     def node(self, kind: str, *operands: str, **attributes: Any) -> str:
