@@ -222,10 +222,12 @@ def _multiply(a: Array, b: Array, bias: Array, panels: Array, c: Array) -> None:
         first_tile, n0 = task % row_blocks * tiles_per_block, task // row_blocks * BLOCK
         last_tile, end = min(first_tile + tiles_per_block, tiles), min(n0 + BLOCK, width)
         mine = panels[thread_id()]
-        for k0 in range(0, max(K, 1), DEPTH):  # an empty sum is the bias
-            depth = min(DEPTH, K - k0)
+        # Every other thread begins with half a block, so that one computes while its neighbour waits for memory. The
+        # sum goes on where it was, in the same order: not a bit depends on where blocks end.
+        k0, depth = 0, min(K, DEPTH // 2 if thread_id() % 2 else DEPTH)
+        while k0 < max(K, 1):  # an empty sum is the bias
             _pack_columns(b, k0, n0, depth, N, mine)
-            for n in range(n0, end, COLUMNS):
+            for n in range(n0, end, COLUMNS):  # a panel of b stays in the first-level cache
                 for tile in range(first_tile, last_tile):
                     to = c.ctypes.data + 4 * (tile * ROWS * width + n)
                     before, before_row = (to, width) if k0 else (bias.ctypes.data + 4 * n, 0)
@@ -233,6 +235,8 @@ def _multiply(a: Array, b: Array, bias: Array, panels: Array, c: Array) -> None:
                         a.ctypes.data + 4 * (tile * K + k0) * ROWS, mine.ctypes.data + 4 * (n - n0) * DEPTH, depth,
                         before, before_row, to, width,
                     )  # fmt: skip
+            k0 += max(depth, 1)
+            depth = min(DEPTH, K - k0)
 
 
 def matmul(a: Array, b: Array, bias: Array | None = None) -> Array:
