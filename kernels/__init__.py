@@ -32,11 +32,23 @@ the name of what it is the gradient of: `dx` is dLoss/dx and has x's shape.
 from importlib import import_module
 from types import ModuleType
 
-RUNGS = ("reference", "cpu")
+RUNGS = ("reference", "cpu", "cuda")
+
+
+class Unavailable(Exception):
+    """A rung cannot compute on this machine: one line that says why, and what to do."""
 
 
 def rung(name: str) -> ModuleType:
-    """The module that computes on rung `name`. Raises ValueError for an unknown name."""
+    """The module that computes on rung `name`. Raises ValueError for an unknown name, Unavailable without a GPU."""
     if name not in RUNGS:
         raise ValueError(f"unknown rung {name!r}: choose one of {', '.join(RUNGS)}")
-    return import_module(f"kernels.{name}")
+    module = import_module(f"kernels.{name}")
+    if name == "cuda":
+        module.require()
+    return module
+
+
+def arrays(k: ModuleType) -> ModuleType:
+    """The module with the array functions of rung `k`: NumPy's arrays for the reference and the cpu, or the GPU's."""
+    return import_module("kernels.cuda.arrays" if k.__name__ == "kernels.cuda" else "kernels.host")
