@@ -1,5 +1,6 @@
 """The GPU's arrays: the functions of `kernels.host`, with everything on the device. See there for what they do."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -113,7 +114,7 @@ def _scale(sums: Flat, n: int, longest: Flat, scale: Flat) -> None:
             total += sums[i]
         scale[0] = float32(1)
         if total > longest[0] * longest[0]:
-            scale[0] = float32(longest[0] / total**0.5)
+            scale[0] = float32(longest[0] / math.sqrt(total))
 
 
 @kernel((F, F, I))

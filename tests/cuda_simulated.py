@@ -1,0 +1,313 @@
+"""`kernels.cuda` against the reference and the cpu, in Numba's simulator. Run by test_cuda.py in a process of its own:
+
+    NUMBA_ENABLE_CUDASIM=1 python -m pytest tests/cuda_simulated.py
+
+Every thread is a Python thread here, so tiles and sizes are tiny; sizes are odd, and cross the edges of the tiles.
+"""
+
+import inspect
+
+import numpy as np
+import pytest
+
+import kernels
+from kernels import host, reference
+from kernels.reference import DEAD
+
+kernels.rung  # noqa: B018 - kernels before kernels.cuda, which needs it
+from kernels.cuda import allow_simulator, arrays, device, lstm, matmul  # noqa: E402
+
+assert device.SIMULATED, "run with NUMBA_ENABLE_CUDASIM=1"
+allow_simulator()
+cuda = kernels.rung("cuda")
+rng = np.random.default_rng(0)
+
+
+def numbers(*shape):
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+def on_device(value):
+    return arrays.asarray(value) if isinstance(value, np.ndarray) else value
+
+
+def wide(value):
+    return value.astype(np.float64) if isinstance(value, np.ndarray) and value.dtype == np.float32 else value
+
+
+def as_list(result):
+    return list(result) if isinstance(result, tuple) else [result]
+
+
+def agree(name, *operands, module=reference, rung=cuda, **options):
+    """The operation on the device, in float32, against the reference in float64 of the same numbers."""
+    got = as_list(getattr(rung, name)(*map(on_device, operands), **options))
+    truth = as_list(getattr(module, name)(*map(wide, operands), **options))
+    assert len(got) == len(truth)
+    for ours, theirs in zip(got, truth, strict=True):
+        if theirs is None:
+            assert ours is None
+            continue
+        value = arrays.asnumpy(ours)
+        assert value.shape == np.shape(theirs)
+        if value.dtype == np.uint8:
+            np.testing.assert_array_equal(value, theirs)
+        else:
+            assert value.dtype == np.float32
+            np.testing.assert_allclose(value, theirs, rtol=1e-5, atol=1e-5)
+    return got
+
+
+# --- the rungs offer the same ------------------------------------------------------------------------------------
+
+
+def test_same_operations_and_arguments():
+    """All but the short-time Fourier transform, which is said to be missing."""
+    beside = {"PRECISIONS", "allow_simulator", "require", "settings", "synchronise"}
+    ours = {name: getattr(cuda, name) for name in cuda.__all__ if name not in beside}
+    from kernels import cpu
+
+    missing = set(cpu.__all__) - {"cache_is_cold"} - set(ours)
+    assert missing == {"stft_magnitude_forward", "stft_magnitude_backward"}
+    for name, function in ours.items():
+        names = list(inspect.signature(function).parameters)
+        assert names == list(inspect.signature(getattr(reference, name)).parameters), name
+    for name in arrays.__all__:
+        if inspect.isfunction(getattr(host, name)):
+            names = list(inspect.signature(getattr(arrays, name)).parameters)
+            assert names == list(inspect.signature(getattr(host, name)).parameters), name
+    public = {n for n, v in vars(host).items() if getattr(v, "__module__", "") == "kernels.host"} | {"WAITS"}
+    assert public == set(arrays.__all__)
+
+
+# --- products ----------------------------------------------------------------------------------------------------
+
+SIZES = [(1, 1, 1), (3, 5, 7), (5, 17, 33), (18, 19, 9), (2, 3, 70)]  # rows, inputs, outputs
+
+
+@pytest.mark.parametrize(("N", "I", "J"), SIZES)
+def test_dense(N, I, J):
+    x, w, b, dy = numbers(N, I), numbers(I, J), numbers(J), numbers(N, J)
+    agree("dense_forward", x, w, b)
+    agree("dense_backward_input", dy, w)
+    agree("dense_backward_weights", x, dy)
+    agree("dense_backward_bias", dy)
+
+
+@pytest.mark.parametrize(("N", "I", "J"), [(3, 5, 7), (70, 3, 2), (4, 17, 18)])
+def test_dense_update(N, I, J):
+    """(70, 3, 2) is summed in parts, the others in one."""
+    x, dy, w, v = numbers(N, I), numbers(N, J), numbers(I, J), numbers(I, J)
+    ours = [on_device(w), on_device(v)]
+    truth = [wide(w), wide(v)]
+    cuda.dense_update_weights(on_device(x), on_device(dy), *ours, 0.1, 0.8)
+    reference.dense_update_weights(wide(x), wide(dy), *truth, 0.1, 0.8)
+    for got, true in zip(ours, truth, strict=True):
+        np.testing.assert_allclose(arrays.asnumpy(got), true, rtol=1e-5, atol=1e-5)
+
+
+def test_long_sums_are_cut_into_parts():
+    parts, count = matmul.product_parts(
+        matmul.whole(on_device(numbers(2, 90))), matmul.whole(on_device(numbers(90, 3))), 2, 3, 90, matmul.PLAIN
+    )
+    assert count > 1
+    assert parts.shape == (count, 6)
+
+
+@pytest.mark.parametrize("shape", [matmul.Shape(128, 128, 8, 8, 8), matmul.Shape(32, 128, 16, 4, 8)])
+@pytest.mark.parametrize("layout", [matmul.PLAIN, matmul.TURNED_B, matmul.TURNED_A])
+def test_the_gpus_tiles(shape, layout):
+    """The shapes that a GPU gets, on one small product."""
+    M, N, K = 5, 6, 3
+    name = f"test {shape} {layout}"
+    run = matmul.make_product(shape, layout, matmul.BIAS, name)
+    del device.KERNELS[name]
+    a, b, bias = numbers(M, K), numbers(K, N), numbers(N)
+    a_there = on_device(a.T if layout == matmul.TURNED_A else a)
+    b_there = on_device(b.T if layout == matmul.TURNED_B else b)
+    out = arrays.asarray(np.full((M, N), np.nan, np.float32))
+    run(
+        (1, 1, 1), a_there.flat, 0, a_there.shape[1], b_there.flat, 0, b_there.shape[1],
+        out.flat, on_device(bias).flat, M, N, K, 8, 0.0, 0.0,
+    )  # fmt: skip
+    np.testing.assert_allclose(arrays.asnumpy(out), wide(a) @ b + bias, rtol=1e-5, atol=1e-5)
+
+
+# --- convolution -------------------------------------------------------------------------------------------------
+
+IMAGES = [(1, 4, 4, 1, 3), (2, 5, 7, 1, 9), (1, 9, 3, 3, 2), (2, 2, 11, 5, 5), (1, 3, 2, 2, 4)]  # B, T, F, C, O
+
+
+@pytest.mark.parametrize(("B", "T", "F", "C", "O"), IMAGES)
+def test_conv_relu_pool(B, T, F, C, O):
+    x, w, b = numbers(B, T, F, C), numbers(3, 3, C, O), numbers(O)
+    y, argmax = agree("conv_relu_pool_forward", x, w, b)
+    dy, places = numbers(*y.shape), arrays.asnumpy(argmax)
+    agree("conv_relu_pool_backward", dy, places, x, w)
+    assert agree("conv_relu_pool_backward", dy, places, x, w, need_dx=False)[0] is None
+
+
+def test_every_place_of_the_maximum_occurs():
+    _, argmax = agree("conv_relu_pool_forward", numbers(2, 8, 8, 1), numbers(3, 3, 1, 4), numbers(4))
+    assert set(np.unique(arrays.asnumpy(argmax))) == {0, 1, 2, 3, DEAD}
+
+
+def test_not_a_number_survives_pooling():
+    x = numbers(1, 4, 4, 1)
+    x[0, 1, 1, 0] = np.nan
+    w, b = numbers(3, 3, 1, 2), numbers(2)
+    y, argmax = cuda.conv_relu_pool_forward(*map(on_device, (x, w, b)))
+    truth, places = reference.conv_relu_pool_forward(x, w, b)
+    np.testing.assert_array_equal(np.isnan(arrays.asnumpy(y)), np.isnan(truth))
+    np.testing.assert_array_equal(arrays.asnumpy(argmax), places)
+
+
+@pytest.mark.parametrize(("B", "T", "F", "C", "O"), IMAGES[1:3])
+def test_conv3x3(B, T, F, C, O):
+    x, w, b, dy = numbers(B, T, F, C), numbers(3, 3, C, O), numbers(O), numbers(B, T, F, O)
+    agree("conv3x3_forward", x, w, b)
+    agree("conv3x3_backward", dy, x, w)
+    agree("conv3x3_backward", dy, x, w, need_dx=False)
+
+
+def test_relu_and_pooling_alone():
+    x = numbers(2, 5, 4, 3)
+    (y,) = agree("relu_forward", x)
+    agree("relu_backward", numbers(2, 5, 4, 3), arrays.asnumpy(y))
+    y, argmax = agree("maxpool2x2_forward", x)
+    agree("maxpool2x2_backward", numbers(*y.shape), arrays.asnumpy(argmax), x_shape=(2, 5, 4, 3))
+
+
+# --- LSTM --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("B", "T", "H"), [(1, 1, 1), (2, 5, 3), (3, 4, 4), (3, 3, 5), (5, 4, 6)])
+def test_lstm(B, T, H):
+    """Up to SEQUENCE_UNITS one launch for the sequence, above it one product a step."""
+    assert lstm.SEQUENCE_UNITS == 4
+    z, wh, dh = numbers(B, T, 4 * H), numbers(H, 4 * H), numbers(B, T, H)
+    _, c, gates = agree("lstm_forward", z, wh)
+    agree("lstm_backward", dh, arrays.asnumpy(gates), arrays.asnumpy(c), wh)
+
+
+@pytest.mark.parametrize("bytes_granted", [0, 250, 300, 10**6])
+def test_lstm_with_weights_in_all_three_places(monkeypatch, bytes_granted):
+    """A sequence of 11 units: 4 rows of weights in registers, the others in shared memory, or read every step."""
+    B, T, H = 2, 3, 11
+    monkeypatch.setattr(lstm, "SEQUENCE_UNITS", 11)
+    least = 4 * (4 * 12 + 4 * H)
+    kept = []
+    original = lstm._sequence_memory
+
+    def granted(run, units):
+        monkeypatch.setattr(run, "grant_shared", lambda wanted: min(wanted, least + bytes_granted * 4))
+        kept.append(original(run, units)[1])
+        return original(run, units)
+
+    monkeypatch.setattr(lstm, "_sequence_memory", granted)
+    z, wh, dh = numbers(B, T, 4 * H), numbers(H, 4 * H), numbers(B, T, H)
+    _, c, gates = agree("lstm_forward", z, wh)
+    agree("lstm_backward", dh, arrays.asnumpy(gates), arrays.asnumpy(c), wh)
+    assert kept == [{0: 0, 250: 4, 300: 4, 10**6: 8}[bytes_granted]] * 2
+
+
+# --- the rest ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.25, 0.9])
+def test_dropout_is_the_same_mask(rate):
+    x = numbers(3, 7, 5)
+    key = reference.dropout_key(3, 1, 12)
+    got = arrays.asnumpy(cuda.dropout(on_device(x), rate, key))
+    truth = reference.dropout(x, rate, key)
+    np.testing.assert_array_equal(got == 0, truth == 0)
+    np.testing.assert_allclose(got, truth, rtol=1e-6)
+
+
+def test_loss():
+    logits = 3 * numbers(9, 7)
+    targets = rng.integers(0, 7, 9)
+    agree("softmax", logits)
+    _, p = agree("cross_entropy_forward", logits, targets)
+    agree("cross_entropy_backward", arrays.asnumpy(p), targets)
+    p = on_device(reference.softmax(logits))
+    tally, truth = arrays.Tally(), host.Tally()
+    for loss in (0.5, 0.25):
+        tally.add(on_device(np.array(loss, np.float32)), p, on_device(targets))
+        truth.add(loss, arrays.asnumpy(p), targets)
+    assert tally.read() == truth.read()
+
+
+def test_saturated_loss():
+    logits = np.array([[2000, 0, -2000], [1e4, -1e4, 0]], np.float32)
+    agree("cross_entropy_forward", logits, np.array([2, 0]))
+
+
+def test_sgd():
+    w, v, dw = numbers(7, 3), numbers(7, 3), numbers(7, 3)
+    ours = [on_device(w), on_device(v)]
+    cuda.sgd_update(*ours, on_device(dw), 0.1, 0.8)
+    reference.sgd_update(w, v, dw, 0.1, 0.8)
+    np.testing.assert_allclose(arrays.asnumpy(ours[0]), w, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(arrays.asnumpy(ours[1]), v, rtol=1e-5, atol=1e-6)
+
+
+def test_moving():
+    def same(name, *operands, **options):
+        agree(name, *operands, module=host, rung=arrays, **options)
+
+    x = numbers(2, 11, 3)
+    same("step_before", x)
+    same("last_step_forward", x)
+    same("last_step_backward", numbers(2, 3), T=4)
+    same("windows_forward", x, frames=5, hop=2, count=4)
+    same("windows_backward", numbers(2, 4, 5, 3), total=11, hop=2)
+    same("take_windows", numbers(20, 3), np.array([3, 0, 15]), length=5)
+    same("zeros_like", x)
+    for longest in (0.5, 100.0):
+        ours = arrays.shortened([on_device(x), on_device(2 * x[0])], longest)
+        truth = host.shortened([wide(x), 2 * wide(x[0])], longest)
+        for got, true in zip(ours, truth, strict=True):
+            np.testing.assert_allclose(arrays.asnumpy(got), true, rtol=1e-5)
+
+
+def test_arrays():
+    x = on_device(numbers(4, 3))
+    flat = arrays.asnumpy(x).reshape(-1)
+    assert (x.size, x.ndim, len(x), x.dtype) == (12, 2, 4, np.float32)
+    np.testing.assert_array_equal(arrays.asnumpy(x.reshape(2, -1)), flat.reshape(2, 6))
+    np.testing.assert_array_equal(arrays.asnumpy(x[1:3]), flat.reshape(4, 3)[1:3])
+    assert x[2:2].shape == (0, 3)
+    with pytest.raises(ValueError, match="12 numbers"):
+        x.reshape(5, 2)
+    with pytest.raises(IndexError, match="whole rows"):
+        x[::2]
+    arrays.assign(x, np.ones((4, 3)))
+    np.testing.assert_array_equal(arrays.asnumpy(x), 1)
+
+
+def test_memory_is_used_again():
+    x = device.empty((5, 13))
+    place, view = x.flat, x[:2]
+    del x
+    assert device.empty((13, 5)).flat is not place  # the view still holds it
+    del view
+    assert device.empty((65,)).flat is place
+
+
+def test_wrong_operands():
+    x, w, b = on_device(numbers(2, 3)), on_device(numbers(4, 5)), on_device(numbers(5))
+    with pytest.raises(ValueError, match=r"w has shape \(4, 5\)"):
+        cuda.dense_forward(x, w, b)
+    with pytest.raises(TypeError, match="b is not one"):
+        cuda.dense_forward(on_device(numbers(2, 4)), w, numbers(5))
+    with pytest.raises(TypeError, match="targets is float32"):
+        cuda.cross_entropy_forward(x, on_device(numbers(2)))
+
+
+def test_the_same_bits_twice():
+    x, dy, places = numbers(2, 6, 6, 3), numbers(2, 3, 3, 4), rng.integers(0, 5, (2, 3, 3, 4)).astype(np.uint8)
+    w = numbers(3, 3, 3, 4)
+    one, two = (cuda.conv_relu_pool_backward(*map(on_device, (dy, places, x, w))) for _ in range(2))
+    for first, second in zip(one, two, strict=True):
+        np.testing.assert_array_equal(arrays.asnumpy(first), arrays.asnumpy(second))
