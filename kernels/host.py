@@ -47,7 +47,7 @@ def assign(x: Array, values: NDArray[Any]) -> None:
 
 def take_windows(frames: Array, starts: NDArray[Any], length: int) -> Array:
     """frames (N, F), starts (B,) -> (B, length, F): `length` rows from each start on."""
-    return frames[np.asarray(starts)[:, None] + np.arange(length)]
+    return np.stack([frames[start : start + length] for start in starts])
 
 
 def windows_forward(x: Array, frames: int, hop: int, count: int) -> Array:

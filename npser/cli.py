@@ -51,7 +51,7 @@ def versions() -> dict[str, Any]:
         except PackageNotFoundError:
             return None
 
-    named = {package: of(package) for package in ("npser", "numpy", "numba", "scipy", "soundfile")}
+    named = {package: of(package) for package in ("npser", "numpy", "numba", "numba-cuda", "scipy", "soundfile")}
     return {"python": platform.python_version(), **named, "commit": _commit()}
 
 

@@ -12,6 +12,7 @@ from types import ModuleType
 import numpy as np
 from numpy.typing import NDArray
 
+from kernels import host
 from kernels.reference import Array
 
 FRAME, HOP = 256, 128  # samples: 16 ms and 8 ms at 16 kHz
@@ -47,24 +48,29 @@ class Standardisation:
 class WindowSet:
     """All windows of some utterances, cut out of their frames when a batch is asked for.
 
-    `owner` (windows,) is the position of each window's utterance in the list given; `start` (windows,) its first frame.
+    `owner` (windows,) is the position of each window's utterance in the list given; `start` (windows,) its first frame
+    there. `everything` holds the frames of all utterances, and `rows` (windows,) the place of the first one in it.
     """
 
     def __init__(
         self, utterances: Sequence[NDArray[np.float32]], scale: Standardisation, length: int, hop: int
     ) -> None:
         self.length = length
-        self.frames = [scale.apply(_padded(frames, length)) for frames in utterances]
-        counts = [window_count(len(frames), length, hop) for frames in self.frames]
+        frames = [scale.apply(_padded(frames, length)) for frames in utterances]
+        self.everything = np.concatenate(frames)
+        lengths = np.array([len(f) for f in frames])
+        counts = [window_count(n, length, hop) for n in lengths]
         self.owner = np.repeat(np.arange(len(counts)), counts)
         self.start = np.concatenate([hop * np.arange(count) for count in counts])
+        self.rows = (np.cumsum(lengths) - lengths)[self.owner] + self.start
+        self.utterances = len(frames)
 
     def __len__(self) -> int:
         return len(self.owner)
 
     def batch(self, which: NDArray[np.intp]) -> Array:
         """The windows with these numbers: (len(which), length, 128) float32."""
-        return np.stack([self.frames[self.owner[i]][self.start[i] : self.start[i] + self.length] for i in which])
+        return host.take_windows(self.everything, self.rows[which], self.length)
 
 
 def window_count(frames: int, length: int, hop: int) -> int:

@@ -14,8 +14,13 @@ import kernels
 from kernels import host, reference
 from kernels.reference import DEAD
 
-kernels.rung  # noqa: B018 - kernels before kernels.cuda, which needs it
-from kernels.cuda import allow_simulator, arrays, device, lstm, matmul  # noqa: E402
+from kernels.cuda import allow_simulator, arrays, device, lstm, matmul
+from npser.errors import RunFailed
+from npser.features import Standardisation, WindowSet
+from npser.models import build_model, load_model
+from npser.optim import SGD
+from npser.progress import Progress
+from npser.trainer import Checkpoint, Task, evaluate, fit, train_epochs
 
 assert device.SIMULATED, "run with NUMBA_ENABLE_CUDASIM=1"
 allow_simulator()
@@ -63,7 +68,7 @@ def agree(name, *operands, module=reference, rung=cuda, **options):
 
 def test_same_operations_and_arguments():
     """All but the short-time Fourier transform, which is said to be missing."""
-    beside = {"PRECISIONS", "allow_simulator", "require", "settings", "synchronise"}
+    beside = {"PRECISIONS", "allow_simulator", "device_name", "require", "settings", "synchronise"}
     ours = {name: getattr(cuda, name) for name in cuda.__all__ if name not in beside}
     from kernels import cpu
 
@@ -311,3 +316,94 @@ def test_the_same_bits_twice():
     one, two = (cuda.conv_relu_pool_backward(*map(on_device, (dy, places, x, w))) for _ in range(2))
     for first, second in zip(one, two, strict=True):
         np.testing.assert_array_equal(arrays.asnumpy(first), arrays.asnumpy(second))
+
+
+# --- networks ----------------------------------------------------------------------------------------------------
+
+SMALL = {
+    "cnn": {"filters": 2, "hidden": 5, "bins": 6},
+    "lstm": {"hidden": 3, "bins": 5},
+    "tdcnn": {"filters": 2, "hidden": 5, "bins": 4},
+}
+
+
+def twins(arch, **options):
+    return [build_model(arch, backend=b, seed=3, classes=3, **SMALL[arch], **options) for b in ("cuda", "cpu")]
+
+
+@pytest.mark.parametrize("arch", SMALL)
+def test_five_steps_have_the_same_losses(arch):
+    models = twins(arch)
+    x = numbers(3, models[0].input_frames, SMALL[arch]["bins"])
+    y = np.array([0, 2, 1])
+    sgds = [SGD(lr=0.1, clip_norm=0.5 if arch == "lstm" else None) for _ in models]
+    for _ in range(5):
+        ours, theirs = (model.train_step(x, y, sgd) for model, sgd in zip(models, sgds, strict=True))
+        assert isinstance(ours, float)
+        assert ours == pytest.approx(theirs, abs=1e-4)
+    for name, value in models[0].params.items():
+        assert isinstance(value, np.ndarray)
+        np.testing.assert_allclose(value, models[1].params[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_the_lstm_is_clipped_above():
+    """The clipping of the test before this one changes something."""
+    model = twins("lstm")[1]
+    x, y = numbers(3, 5, 5), np.array([0, 2, 1])
+    _, grads = model.loss_and_grads(x, y)
+    assert np.sqrt(sum((g**2).sum() for g in grads.values())) > 0.5
+
+
+def test_gradients_probabilities_and_files(tmp_path):
+    ours, theirs = twins("lstm")
+    x, y = numbers(3, 5, 5), np.array([0, 2, 1])
+    loss, grads = ours.loss_and_grads(x, y)
+    truth, true_grads = theirs.loss_and_grads(x, y)
+    assert loss == pytest.approx(truth, abs=1e-5)
+    for name, value in grads.items():
+        np.testing.assert_allclose(value, true_grads[name], rtol=1e-4, atol=1e-6, err_msg=name)
+    np.testing.assert_allclose(ours.predict_proba(x, batch_size=2), theirs.predict_proba(x), rtol=1e-4)
+    assert ours.predict_proba(x[:0]).shape == (0, 3)
+    ours.save(tmp_path / "m.npz")
+    again = load_model(tmp_path / "m.npz", backend="cuda")
+    for name, value in again.params.items():
+        np.testing.assert_array_equal(value, ours.params[name])
+
+
+def small_task(bins, length, epochs):
+    utterances = [numbers(length + n, bins) for n in (0, 2, 3)]
+    scale = Standardisation(np.zeros(bins, np.float32), np.ones(bins, np.float32))
+    windows = WindowSet(utterances, scale, length, 1)
+    return Task(windows, np.array([0, 1, 2])[windows.owner], (0, 0, 0), epochs, 5)
+
+
+def test_training_and_votes_are_those_of_the_cpu(tmp_path):
+    """Two epochs, with a stop and a checkpoint between them on the device."""
+    models = twins("lstm")
+    task = small_task(5, 5, 2)
+    progress = Progress(100)
+    progress.begin_fold("", 100)
+    stopped, path = small_task(5, 5, 1), tmp_path / "c.npz"
+    stopped = Task(task.windows, task.targets, task.seed, 1, task.batch_size)
+    sgd = SGD()
+    done = list(train_epochs(models[0], sgd, stopped, progress))
+    Checkpoint(path, "x", progress).save(models[0], sgd, done)
+    fresh = build_model("lstm", backend="cuda", seed=9, classes=3, **SMALL["lstm"])
+    ours = fit(fresh, task, progress, Checkpoint(path, "x", progress))
+    theirs = fit(models[1], task, progress)
+    assert len(ours) == 2
+    for one, two in zip(ours, theirs, strict=True):
+        assert one.loss == pytest.approx(two.loss, abs=1e-4)
+        assert one.accuracy == two.accuracy
+    votes, truth = evaluate(fresh, task.windows), evaluate(models[1], task.windows)
+    np.testing.assert_allclose(votes.probabilities, truth.probabilities, atol=1e-4)
+
+
+def test_divergence_is_found_when_the_tally_is_read():
+    model = twins("lstm")[0]
+    task = small_task(5, 5, 1)
+    task.windows.everything[:] = np.nan
+    progress = Progress(10)
+    progress.begin_fold("", 10)
+    with pytest.raises(RunFailed, match="diverged"):
+        list(train_epochs(model, SGD(), task, progress))

@@ -32,7 +32,7 @@ from kernels.cuda.dense import (
     dense_update_weights,
     sgd_update,
 )
-from kernels.cuda.device import PRECISIONS, allow_simulator, require, settings, synchronise
+from kernels.cuda.device import PRECISIONS, allow_simulator, device_name, require, settings, synchronise
 from kernels.cuda.elementwise import cross_entropy_backward, cross_entropy_forward, dropout, dropout_key, softmax
 from kernels.cuda.lstm import lstm_backward, lstm_forward
 
@@ -50,6 +50,7 @@ __all__ = [
     "dense_backward_weights",
     "dense_forward",
     "dense_update_weights",
+    "device_name",
     "dropout",
     "dropout_key",
     "lstm_backward",

@@ -75,6 +75,14 @@ def multiprocessors() -> int:
     return 2 if SIMULATED else int(cuda.get_current_device().MULTIPROCESSOR_COUNT)
 
 
+def device_name() -> str:
+    """The GPU's name."""
+    if SIMULATED:
+        return "simulator"
+    name = cuda.get_current_device().name
+    return name.decode() if isinstance(name, bytes) else str(name)
+
+
 PRECISIONS = ("float32", "tf32")
 
 
