@@ -26,7 +26,7 @@ WAITS = False
 """Whether reading a result (`Tally.read`) waits for work that is still under way."""
 
 
-def asarray(values: NDArray[Any], dtype: DTypeLike = None) -> Array:
+def asarray(values: NDArray[Any], dtype: DTypeLike | None = None) -> Array:
     """The values as this rung keeps them: contiguous."""
     return np.ascontiguousarray(values, dtype)
 

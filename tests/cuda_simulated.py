@@ -6,15 +6,15 @@ Every thread is a Python thread here, so tiles and sizes are tiny; sizes are odd
 """
 
 import inspect
+import sys
 
 import numpy as np
 import pytest
 
 import kernels
 from kernels import host, reference
-from kernels.reference import DEAD
-
 from kernels.cuda import allow_simulator, arrays, device, lstm, matmul
+from kernels.reference import DEAD
 from npser.errors import RunFailed
 from npser.features import Standardisation, WindowSet
 from npser.models import build_model, load_model
@@ -26,6 +26,8 @@ assert device.SIMULATED, "run with NUMBA_ENABLE_CUDASIM=1"
 allow_simulator()
 cuda = kernels.rung("cuda")
 rng = np.random.default_rng(0)
+# The simulator polls its threads; with Python's usual 5 ms between two of them this would take minutes.
+sys.setswitchinterval(1e-4)
 
 
 def numbers(*shape):
@@ -322,7 +324,7 @@ def test_the_same_bits_twice():
 
 SMALL = {
     "cnn": {"filters": 2, "hidden": 5, "bins": 6},
-    "lstm": {"hidden": 3, "bins": 5},
+    "lstm": {"hidden": 2, "bins": 3},
     "tdcnn": {"filters": 2, "hidden": 5, "bins": 4},
 }
 
@@ -336,7 +338,7 @@ def test_five_steps_have_the_same_losses(arch):
     models = twins(arch)
     x = numbers(3, models[0].input_frames, SMALL[arch]["bins"])
     y = np.array([0, 2, 1])
-    sgds = [SGD(lr=0.1, clip_norm=0.5 if arch == "lstm" else None) for _ in models]
+    sgds = [SGD(lr=0.1, clip_norm=0.02 if arch == "lstm" else None) for _ in models]
     for _ in range(5):
         ours, theirs = (model.train_step(x, y, sgd) for model, sgd in zip(models, sgds, strict=True))
         assert isinstance(ours, float)
@@ -349,14 +351,14 @@ def test_five_steps_have_the_same_losses(arch):
 def test_the_lstm_is_clipped_above():
     """The clipping of the test before this one changes something."""
     model = twins("lstm")[1]
-    x, y = numbers(3, 5, 5), np.array([0, 2, 1])
+    x, y = numbers(3, 3, 3), np.array([0, 2, 1])
     _, grads = model.loss_and_grads(x, y)
-    assert np.sqrt(sum((g**2).sum() for g in grads.values())) > 0.5
+    assert np.sqrt(sum((g**2).sum() for g in grads.values())) > 0.02
 
 
 def test_gradients_probabilities_and_files(tmp_path):
     ours, theirs = twins("lstm")
-    x, y = numbers(3, 5, 5), np.array([0, 2, 1])
+    x, y = numbers(3, 3, 3), np.array([0, 2, 1])
     loss, grads = ours.loss_and_grads(x, y)
     truth, true_grads = theirs.loss_and_grads(x, y)
     assert loss == pytest.approx(truth, abs=1e-5)
@@ -380,10 +382,10 @@ def small_task(bins, length, epochs):
 def test_training_and_votes_are_those_of_the_cpu(tmp_path):
     """Two epochs, with a stop and a checkpoint between them on the device."""
     models = twins("lstm")
-    task = small_task(5, 5, 2)
+    task = small_task(3, 3, 2)
     progress = Progress(100)
     progress.begin_fold("", 100)
-    stopped, path = small_task(5, 5, 1), tmp_path / "c.npz"
+    stopped, path = small_task(3, 3, 1), tmp_path / "c.npz"
     stopped = Task(task.windows, task.targets, task.seed, 1, task.batch_size)
     sgd = SGD()
     done = list(train_epochs(models[0], sgd, stopped, progress))
@@ -401,7 +403,7 @@ def test_training_and_votes_are_those_of_the_cpu(tmp_path):
 
 def test_divergence_is_found_when_the_tally_is_read():
     model = twins("lstm")[0]
-    task = small_task(5, 5, 1)
+    task = small_task(3, 3, 1)
     task.windows.everything[:] = np.nan
     progress = Progress(10)
     progress.begin_fold("", 10)

@@ -5,8 +5,8 @@ import io
 import numpy as np
 import pytest
 
-from npser.crossval import make_folds
 from kernels import host
+from npser.crossval import make_folds
 from npser.features import Standardisation, WindowSet
 from npser.models import build_model
 from npser.optim import SGD, Gradients

@@ -148,7 +148,7 @@ def _tally(tally: Flat, loss: Flat, p: Flat, targets: Flat, B: int, K: int) -> N
 # --- functions ---------------------------------------------------------------------------------------------------
 
 
-def asarray(values: Array | NDArray[Any], dtype: DTypeLike = None) -> Array:
+def asarray(values: Array | NDArray[Any], dtype: DTypeLike | None = None) -> Array:
     """The values on the device, reals as float32, whole numbers as int32."""
     return device.asarray(values)
 

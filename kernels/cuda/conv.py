@@ -14,8 +14,6 @@ fixed order.
 Floors, dense: 18*B*T*F*C*O operations for each of forward, dx and dw.
 """
 
-from typing import Any
-
 import numpy as np
 
 from kernels.cuda.device import (
@@ -139,7 +137,7 @@ def make_convolution(chunk: int, source: str, pooled: bool, name: str) -> Kernel
                         if tt < T and ff < F:
                             y[((n * T + tt) * F + ff) * O + o] = acc[p * per_thread + j] + bias
 
-    return convolution  # type: ignore[no-any-return]
+    return convolution
 
 
 # A spectrogram has one channel; everything else is read eight channels at a time.
@@ -181,9 +179,7 @@ def make_weight_gradient(channels: int, apart: int, pooled: bool, name: str) -> 
     lanes, tile_t, tile_f = LANES, DW_T, DW_F
 
     @kernel((F, P, F, F, I, I, I, I, I), threads, name, resident=2)
-    def weight_gradient(
-        dy: Flat, argmax: Flat, x: Flat, parts: Flat, B: int, T: int, F: int, C: int, O: int
-    ) -> None:
+    def weight_gradient(dy: Flat, argmax: Flat, x: Flat, parts: Flat, B: int, T: int, F: int, C: int, O: int) -> None:
         x_tile = cuda.shared.array(x_size, float32)  # (strip, rows, pitch)
         g_tile = cuda.shared.array(g_size, float32)  # (cells, lanes): gradients,
         places = cuda.shared.array(g_size, int32)  # and the places in a plane of x_tile where their taps begin
@@ -244,7 +240,7 @@ def make_weight_gradient(channels: int, apart: int, pooled: bool, name: str) -> 
             if c0 + mine == 0:
                 parts[first + 9 * C * O] = acc[9 * channels]
 
-    return weight_gradient  # type: ignore[no-any-return]
+    return weight_gradient
 
 
 DW_CHANNELS = 2 if SIMULATED else 4

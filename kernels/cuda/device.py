@@ -20,8 +20,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+import numba as nb
 import numpy as np
-from numba import float32, float64, int32, int64, types, uint8
 from numba.core import config as numba_config
 from numpy.typing import NDArray
 
@@ -35,12 +35,16 @@ from numba import cuda as numba_cuda
 
 cuda: Any = numba_cuda
 
-SIMULATED = bool(numba_config.ENABLE_CUDASIM)
+_config: Any = numba_config
+SIMULATED = bool(_config.ENABLE_CUDASIM)
 """True under NUMBA_ENABLE_CUDASIM=1: every thread of a kernel is a Python thread, so tiles have to be tiny."""
+
+types: Any = nb.types
+float32, float64, int32, int64, uint8 = nb.float32, nb.float64, nb.int32, nb.int64, nb.uint8
 
 # The types of kernel arguments: flat arrays of float32, int32, uint8 and float64; whole numbers; single reals.
 F, N, P, D, I, R = float32[::1], int32[::1], uint8[::1], float64[::1], int64, float32
-THREADS = 4 if SIMULATED else 256  # of kernels without a tile
+THREADS = 2 if SIMULATED else 256  # of kernels without a tile
 ALIGN: int | None = None if SIMULATED else 16  # bytes, of shared memory that is read four numbers at once
 
 Flat: TypeAlias = Any  # a one-dimensional array on the device, as kernels see it

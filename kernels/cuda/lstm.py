@@ -77,9 +77,7 @@ def dot(values: Flat, at: int, mine: Flat, kept_at: int, kept: int, wh: Flat, w_
 
 
 @helper
-def take_weights(
-    wh: Flat, w_at: int, w_step: int, H: int, mine: Flat, shared: Flat, kept_at: int, kept: int
-) -> None:
+def take_weights(wh: Flat, w_at: int, w_step: int, H: int, mine: Flat, shared: Flat, kept_at: int, kept: int) -> None:
     """Bring this thread's weights to where `dot` looks for them; zeros behind the last."""
     for i in range(REGISTER_ROWS):
         mine[i] = float32(0)
@@ -93,9 +91,7 @@ def take_weights(
 
 
 @kernel((F, F, F, F, F, I, I, I, I), SEQUENCE_THREADS)
-def _lstm_sequence(
-    z: Flat, wh: Flat, h: Flat, c: Flat, gates: Flat, T: int, H: int, pitch: int, kept: int
-) -> None:
+def _lstm_sequence(z: Flat, wh: Flat, h: Flat, c: Flat, gates: Flat, T: int, H: int, pitch: int, kept: int) -> None:
     """`lstm_forward` of sequence blockIdx.x by 4H threads; pitch: H and what `dot` reads behind it."""
     shared = cuda.shared.array(0, float32, ALIGN)
     mine = cuda.local.array(REGISTER_ROWS, float32)
@@ -196,9 +192,7 @@ def _sequence_memory(run: object, H: int) -> tuple[int, int, int]:
 
 
 @kernel((F, F, I, F, F, F, I, I, I, I))
-def _lstm_step(
-    z: Flat, parts: Flat, count: int, h: Flat, c: Flat, gates: Flat, s: int, B: int, T: int, H: int
-) -> None:
+def _lstm_step(z: Flat, parts: Flat, count: int, h: Flat, c: Flat, gates: Flat, s: int, B: int, T: int, H: int) -> None:
     """Step s from z and h_{s-1} wh, which is still in `count` parts (B, 4H)."""
     for e in range(cuda.grid(1), B * H, cuda.gridsize(1)):
         n, unit = e // H, e % H

@@ -179,7 +179,7 @@ def make_product(shape: Shape, layout: str, then: str, name: str) -> Kernel:
                 if m < M and n < N:
                     finish(out, extra, (cuda.blockIdx.z * M + m) * N + n, n, acc[i * columns + j], lr, momentum)
 
-    return product  # type: ignore[no-any-return]
+    return product
 
 
 def make_tensor_product(shape: Shape, layout: str, then: str, name: str) -> Kernel:
@@ -252,7 +252,7 @@ def make_tensor_product(shape: Shape, layout: str, then: str, name: str) -> Kern
                         e = 4 * (i * across + j) + s
                         finish(out, extra, (cuda.blockIdx.z * M + m) * N + n, n, acc[e], lr, momentum)
 
-    return product  # type: ignore[no-any-return]
+    return product
 
 
 def make_sum(then: str) -> Kernel:
@@ -269,7 +269,7 @@ def make_sum(then: str) -> Kernel:
                 total += parts[p * n + e]
             finish(out, extra, e, e % width, total, lr, momentum)
 
-    return sum_parts  # type: ignore[no-any-return]
+    return sum_parts
 
 
 SUMS = {then: make_sum(then) for then in (STORE, BIAS, UPDATE)}
@@ -310,7 +310,7 @@ def whole(x: Array) -> Operand:
 
 def _plan(M: int, N: int, K: int, layout: str, then: str) -> tuple[Kernel, tuple[int, int, int], int]:
     """(kernel, blocks (n, m, parts), terms of a part): one part, or as many as keep the whole GPU at work."""
-    size = "flat" if layout != TURNED_A and M <= FLAT.tile_m else "wide"
+    size = "flat" if layout != TURNED_A and FLAT.tile_m >= M else "wide"
     shape = FLAT if size == "flat" else WIDE
     if settings.precision == "tf32" and size == "wide":
         size, shape = "tensor", TENSOR

@@ -12,11 +12,12 @@ q = lane % 4, a thread's share is
 from typing import Any
 
 from llvmlite import ir
-from numba.core import cgutils
+from numba.core import cgutils as numba_cgutils
 
 from kernels.cuda.device import SIMULATED, extension, float32, types
 
 _FLOAT = ir.FloatType()
+cgutils: Any = numba_cgutils
 
 if SIMULATED:
 
