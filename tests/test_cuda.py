@@ -45,14 +45,13 @@ def assemble(ptx, capability):
 @pytest.fixture(scope="module")
 def compiled():
     """(capability, kernel) -> (PTX, registers, bytes of shared memory, the assembler's log, its version)."""
-    kernels_there = pytest.importorskip("kernels.cuda.device", exc_type=kernels.Unavailable).KERNELS
-    import kernels.cuda.arrays  # noqa: F401 - all modules with kernels
-    from kernels.cuda.device import cuda
+    from kernels.cuda import arrays, device
 
+    assert arrays  # with it, every module that has kernels is imported
     results = {}
-    for name, kernel in kernels_there.items():
+    for name, kernel in device.KERNELS.items():
         for capability in CAPABILITIES:
-            ptx, _ = cuda.compile_ptx(kernel.function, kernel.signature, cc=capability, **kernel.options)
+            ptx, _ = device.cuda.compile_ptx(kernel.function, kernel.signature, cc=capability, **kernel.options)
             log, version = assemble(ptx, capability)
             registers = max(map(int, re.findall(r"Used (\d+) registers", log)))
             shared = int(re.search(r"(\d+) bytes smem", log)[1]) - (1024 if capability >= (9, 0) else 0)
