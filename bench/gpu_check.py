@@ -31,6 +31,21 @@ TOLERANCE = {"float32": 1e-5, "tf32": 2e-3}  # largest difference, relative to t
 LOSS_TOLERANCE = 1e-4
 Results = dict[str, Any]
 
+# The paper's sizes at batch 32, and odd ones. Rows, inputs, outputs of dense products; B, T, H of LSTM layers; B, T, F,
+# C, O of convolution blocks.
+DENSE = {
+    "cnn dense1": (32, 32768, 1024),
+    "lstm inputs": (4096, 128, 512),
+    "tdcnn lstm1": (128, 32768, 4096),
+    "out": (32, 1024, 7),
+    "odd": (77, 301, 203),
+}
+LSTMS = {"H 128": (32, 128, 128), "H 1024": (32, 4, 1024), "odd": (5, 7, 77)}
+BLOCKS = {"block 1": (32, 128, 128, 1, 32), "block 2": (32, 64, 64, 32, 32), "odd": (3, 33, 47, 5, 37)}
+PAPER_BATCH = 32
+FRAMES = 100_000  # that the windows of timed training steps are cut out of
+COPIED = 2**28  # numbers, to measure the memory's bandwidth by
+
 
 # --- parity ------------------------------------------------------------------------------------------------------
 
@@ -72,13 +87,7 @@ def check_operations(precision: str) -> Results:
         results[f"{name} {title}"] = {"error": error, "agrees": bool(error <= TOLERANCE[precision])}
         return ours
 
-    for title, (N, I, J) in {
-        "cnn dense1": (32, 32768, 1024),
-        "lstm inputs": (4096, 128, 512),
-        "tdcnn lstm1": (128, 32768, 4096),
-        "out": (32, 1024, 7),
-        "odd": (77, 301, 203),
-    }.items():
+    for title, (N, I, J) in DENSE.items():
         x, w, b, dy = numbers(N, I), numbers(I, J), numbers(J), numbers(N, J)
         compare(title, "dense_forward", x, w, b)
         compare(title, "dense_backward_input", dy, w)
@@ -86,30 +95,26 @@ def check_operations(precision: str) -> Results:
         compare(title, "dense_backward_bias", dy)
         v = numbers(I, J)
         ours, true = [arrays.asarray(w), arrays.asarray(v)], [wide(w), wide(v)]
-        k.dense_update_weights(arrays.asarray(x), arrays.asarray(dy), *ours, 0.01, 0.8)
-        reference.dense_update_weights(wide(x), wide(dy), *true, 0.01, 0.8)
+        k.dense_update_weights(arrays.asarray(x), arrays.asarray(dy), ours[0], ours[1], 0.01, 0.8)
+        reference.dense_update_weights(wide(x), wide(dy), true[0], true[1], 0.01, 0.8)
         error = max(
             float(np.abs(arrays.asnumpy(a) - t).max() / np.abs(t).max()) for a, t in zip(ours, true, strict=True)
         )
         results[f"dense_update_weights {title}"] = {"error": error, "agrees": error <= TOLERANCE[precision]}
-    for title, (B, T, H) in {"H 128": (32, 128, 128), "H 1024": (32, 4, 1024), "odd": (5, 7, 77)}.items():
+    for title, (B, T, H) in LSTMS.items():
         z, wh, dh = numbers(B, T, 4 * H), numbers(H, 4 * H) / np.float32(H**0.5), numbers(B, T, H)
         _, c, gates = compare(title, "lstm_forward", z, wh)
         compare(title, "lstm_backward", dh, gates, c, wh)
     if precision != "float32":
         return results  # nothing else depends on it
-    for title, (B, T, F, C, O) in {
-        "block 1": (32, 128, 128, 1, 32),
-        "block 2": (32, 64, 64, 32, 32),
-        "odd": (3, 33, 47, 5, 37),
-    }.items():
+    for title, (B, T, F, C, O) in BLOCKS.items():
         x, w, b = numbers(B, T, F, C), numbers(3, 3, C, O), numbers(O)
         y, argmax = compare(title, "conv_relu_pool_forward", x, w, b)
         compare(title, "conv_relu_pool_backward", numbers(*y.shape), argmax, x, w)
     x, dy = numbers(4, 37, 41, 9), numbers(4, 37, 41, 13)
     compare("odd", "conv3x3_forward", x, numbers(3, 3, 9, 13), numbers(13))
     compare("odd", "conv3x3_backward", dy, x, numbers(3, 3, 9, 13))
-    compare("block 1", "dropout", numbers(32, 64, 64, 32), 0.25, reference.dropout_key(1, 2, 3))
+    compare("block 1", "dropout", numbers(*BLOCKS["block 2"][:4]), 0.25, reference.dropout_key(1, 2, 3))
     logits, targets = 3 * numbers(32, 7), rng.integers(0, 7, 32)
     compare("batch 32", "softmax", logits)
     _, p = compare("batch 32", "cross_entropy_forward", logits, targets)
@@ -131,13 +136,13 @@ def check_losses(arch: str) -> Results:
 
     rng = np.random.default_rng(1)
     models = {backend: build_model(arch, backend=backend, seed=0) for backend in ("cuda", "cpu")}
-    x = rng.standard_normal((32, models["cpu"].input_frames, 128), dtype=np.float32)
-    y = rng.integers(0, 7, 32)
+    x = rng.standard_normal((PAPER_BATCH, models["cpu"].input_frames, 128), dtype=np.float32)
+    y = rng.integers(0, 7, PAPER_BATCH)
     losses = {}
     for backend, model in models.items():
         sgd = SGD(clip_norm=CLIP_NORM[arch])
         losses[backend] = [model.train_step(x, y, sgd) for _ in range(10)]
-    error = float(np.abs(np.subtract(*losses.values())).max())
+    error = float(np.abs(np.subtract(losses["cuda"], losses["cpu"])).max())
     return {"losses": losses, "error": error, "agrees": error <= LOSS_TOLERANCE}
 
 
@@ -171,9 +176,9 @@ def ceilings() -> Results:
     flops = gpu.MULTIPROCESSOR_COUNT * 128 * 2 * gpu.CLOCK_RATE * 1e3  # 128 fused multiply-adds a cycle from 8.6 on
     if gpu.compute_capability == (8, 0):
         flops /= 2
-    one, two = device.empty((2**28,)), device.empty((2**28,))
+    one, two = device.empty((COPIED,)), device.empty((COPIED,))
     copy = milliseconds(lambda: two.flat.copy_to_device(one.flat, stream=device.stream()))
-    return {"float32_flops": flops, "bytes_per_second": 2 * 2**30 / (copy["least"] / 1e3)}
+    return {"float32_flops": flops, "bytes_per_second": 8 * COPIED / (copy["least"] / 1e3)}
 
 
 def time_kernels(precision: str) -> Results:
@@ -202,11 +207,9 @@ def time_kernels(precision: str) -> Results:
     tiny = device.empty((1,))
     row("an empty launch", lambda: k.relu_forward(tiny), 0, 0)
     for B in BATCHES:
-        for title, (N, I, J) in {
-            "cnn dense1": (B, 32768, 1024),
-            "lstm inputs": (128 * B, 128, 512),
-            "tdcnn lstm1": (4 * B, 32768, 4096),
-        }.items():
+        for title in ("cnn dense1", "lstm inputs", "tdcnn lstm1"):
+            N, I, J = DENSE[title]
+            N = N * B // PAPER_BATCH
             x, w, b, dy, v = numbers(N, I), numbers(I, J), numbers(J), numbers(N, J), arrays.zeros_like(numbers(I, J))
             flops, read = 2.0 * N * I * J, 4.0 * (N * I + I * J + N * J)
             row(f"{title} forward, batch {B}", partial(k.dense_forward, x, w, b), flops, read)
@@ -217,7 +220,8 @@ def time_kernels(precision: str) -> Results:
                 flops, 4.0 * (N * I + N * J + 4 * I * J),
             )  # fmt: skip
             row(f"{title} db, batch {B}", partial(k.dense_backward_bias, dy), 1.0 * N * J, 4.0 * N * J)
-        for title, (T, H) in {"H 128": (128, 128), "H 1024": (4, 1024)}.items():
+        for title in ("H 128", "H 1024"):
+            _, T, H = LSTMS[title]
             z, wh, dh = numbers(B, T, 4 * H), numbers(H, 4 * H), numbers(B, T, H)
             _, c, gates = k.lstm_forward(z, wh)
             flops = 8.0 * B * T * H * H
@@ -229,10 +233,11 @@ def time_kernels(precision: str) -> Results:
             )  # fmt: skip
         if precision != "float32":
             continue
-        for title, (T, C) in {"block 1": (128, 1), "block 2": (64, 32)}.items():
-            x, w, b = numbers(B, T, T, C), numbers(3, 3, C, 32), numbers(32)
+        for title in ("block 1", "block 2"):
+            _, T, _, C, O = BLOCKS[title]
+            x, w, b = numbers(B, T, T, C), numbers(3, 3, C, O), numbers(O)
             y, argmax = k.conv_relu_pool_forward(x, w, b)
-            flops, moved = 18.0 * B * T * T * C * 32, 4.0 * x.size + 5.0 * y.size
+            flops, moved = 18.0 * B * T * T * C * O, 4.0 * x.size + 5.0 * y.size
             row(f"{title} forward, batch {B}", partial(k.conv_relu_pool_forward, x, w, b), flops, moved)
             for what, need in (("dw", False), ("dw + dx", True)):
                 row(
@@ -240,7 +245,7 @@ def time_kernels(precision: str) -> Results:
                     partial(k.conv_relu_pool_backward, y, argmax, x, w, need),
                     flops * (1 + need), moved * (1 + need),
                 )  # fmt: skip
-        x = numbers(B, 64, 64, 32)
+        x = numbers(B, *BLOCKS["block 2"][1:4])
         row(f"dropout, batch {B}", partial(k.dropout, x, 0.25, (1, 2)), 0, 8.0 * x.size)
     return results
 
@@ -260,10 +265,10 @@ def time_steps(precision: str) -> Results:
     for arch in ARCHITECTURES:
         model = build_model(arch, backend="cuda", seed=0)
         k = model.arrays
-        frames = k.asarray(rng.standard_normal((100_000, 128), dtype=np.float32))
+        frames = k.asarray(rng.standard_normal((FRAMES, 128), dtype=np.float32))
         for B in BATCHES:
             sgd = SGD(clip_norm=CLIP_NORM[arch])
-            starts, targets = k.asarray(rng.integers(0, 99_000, B)), k.asarray(rng.integers(0, 7, B))
+            starts, targets = k.asarray(rng.integers(0, FRAMES - 200, B)), k.asarray(rng.integers(0, 7, B))
             step = partial(_step, model, frames, starts, targets, sgd, k.Tally())
             results[f"{arch} training step, batch {B}"] = milliseconds(step)
             results[f"{arch} inference, batch {B}"] = milliseconds(partial(_infer, model, frames, starts))

@@ -6,8 +6,10 @@ from typing import Any
 
 def make_step(arch: str, batch: int, channels_last: bool, how: str) -> Callable[[], object]:
     """A training step on the GPU; how: "eager", "graph" (one CUDA graph) or "compiled" (torch.compile)."""
-    import torch
-    from torch import nn
+    import torch as pytorch
+
+    torch: Any = pytorch
+    nn = torch.nn
 
     def convolutions() -> Any:
         return nn.Sequential(
@@ -15,7 +17,7 @@ def make_step(arch: str, batch: int, channels_last: bool, how: str) -> Callable[
             nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25), nn.Flatten(),
         )  # fmt: skip
 
-    class Network(nn.Module):
+    class Network(nn.Module):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             if arch != "lstm":
@@ -52,7 +54,7 @@ def make_step(arch: str, batch: int, channels_last: bool, how: str) -> Callable[
     def step() -> Any:
         optimiser.zero_grad(set_to_none=True)
         loss = nn.functional.cross_entropy(called(x), y)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimiser.step()
         return loss
 

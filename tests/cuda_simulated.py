@@ -409,3 +409,59 @@ def test_divergence_is_found_when_the_tally_is_read():
     progress.begin_fold("", 10)
     with pytest.raises(RunFailed, match="diverged"):
         list(train_epochs(model, SGD(), task, progress))
+
+
+# --- bench/gpu_check.py ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shrunken(monkeypatch):
+    """bench.gpu_check with sizes for the simulator."""
+    from bench import gpu_check
+
+    for name, table in {
+        "DENSE": {"cnn dense1": (2, 9, 3), "lstm inputs": (4, 3, 5), "tdcnn lstm1": (2, 5, 4)},
+        "LSTMS": {"H 128": (2, 2, 2), "H 1024": (2, 2, 5)},
+        "BLOCKS": {"block 1": (1, 4, 4, 1, 2), "block 2": (1, 4, 4, 2, 2)},
+    }.items():
+        monkeypatch.setattr(gpu_check, name, table)
+    for name, value in {"PAPER_BATCH": 2, "BATCHES": (2,), "FRAMES": 300, "COPIED": 64}.items():
+        monkeypatch.setattr(gpu_check, name, value)
+    return gpu_check
+
+
+def test_check_of_operations(shrunken):
+    results = shrunken.check_operations("float32")
+    assert len(results) == 31
+    assert all(result["agrees"] for result in results.values())
+    assert not list(shrunken.disagreements(results))
+    results["softmax batch 32"]["agrees"] = False
+    assert list(shrunken.disagreements({"a": results})) == ["a / softmax batch 32"]
+
+
+def test_timings_of_operations(shrunken, monkeypatch):
+    calls = []
+
+    def once(work):
+        calls.append(work())
+        return {"median": 1.0, "least": 1.0}
+
+    monkeypatch.setattr(shrunken, "milliseconds", once)
+    monkeypatch.setattr(shrunken, "ceilings", lambda: {"float32_flops": 1e12, "bytes_per_second": 1e12})
+    results = shrunken.time_kernels("float32")
+    assert len(calls) == len(results) - 1 == 24
+
+
+def test_losses_and_steps(shrunken, monkeypatch):
+    """On the cpu, which offers the same: it is the program that is tested here."""
+    import npser.models
+
+    def small(arch, backend, seed):
+        return build_model(arch, backend="cpu", seed=seed, filters=2, hidden=4)
+
+    monkeypatch.setattr(npser.models, "build_model", small)
+    monkeypatch.setattr(shrunken, "milliseconds", lambda work: work())
+    assert len(shrunken.time_steps("float32")) == 6
+    result = shrunken.check_losses("lstm")
+    assert result["agrees"]
+    assert len(result["losses"]["cuda"]) == 10

@@ -54,8 +54,9 @@ def compiled():
             ptx, _ = device.cuda.compile_ptx(kernel.function, kernel.signature, cc=capability, **kernel.options)
             log, version = assemble(ptx, capability)
             registers = max(map(int, re.findall(r"Used (\d+) registers", log)))
+            # From 9.0 on, the system keeps 1 KB of a block's shared memory for itself, where there is any.
             shared = int(re.search(r"(\d+) bytes smem", log)[1]) - (1024 if capability >= (9, 0) else 0)
-            results[capability, name] = ptx, registers, shared, log, version
+            results[capability, name] = ptx, registers, max(shared, 0), log, version
     return results
 
 
