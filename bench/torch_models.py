@@ -17,7 +17,7 @@ def make_step(arch: str, batch: int, channels_last: bool, how: str) -> Callable[
             nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25), nn.Flatten(),
         )  # fmt: skip
 
-    class Network(nn.Module):  # type: ignore[misc]
+    class Network(nn.Module):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             super().__init__()
             if arch != "lstm":

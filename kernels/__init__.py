@@ -1,11 +1,15 @@
 """Numerical operations of convolutional and recurrent networks: one vocabulary, three rungs.
 
 `kernels.reference` defines what every operation means (plain NumPy, any float type, written to be read),
-`kernels.cpu` makes it fast (Numba, float32), `kernels.cuda` will move it to the GPU. A rung is a module; all rungs
-offer the same names with the same arguments, so a network takes a rung as a parameter:
+`kernels.cpu` makes it fast (Numba, float32), `kernels.cuda` moves it to the GPU. A rung is a module; all rungs
+offer the same names with the same arguments (but for the Fourier transform, which the GPU does not have), so a network
+takes a rung as a parameter:
 
     k = kernels.rung("cpu")
     y, argmax = k.conv_relu_pool_forward(x, w, b)
+
+Arrays are NumPy's, or the GPU's own: `kernels.arrays(k)` is the module that makes and moves them for a rung,
+`kernels.host` or `kernels.cuda.arrays`, again with the same names.
 
 | operation                    | forward                           | backward                                      |
 | ---------------------------- | --------------------------------- | --------------------------------------------- |

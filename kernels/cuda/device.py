@@ -17,6 +17,7 @@ but `asnumpy` and `float`.
 
 import importlib.util
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -34,6 +35,7 @@ from llvmlite import ir
 from numba import cuda as numba_cuda
 
 cuda: Any = numba_cuda
+warnings.filterwarnings("ignore", message="Grid size")  # Numba's advice on small grids; some steps are small
 
 _config: Any = numba_config
 SIMULATED = bool(_config.ENABLE_CUDASIM)
@@ -292,16 +294,22 @@ DEFAULT_SHARED = 48 * 1024  # bytes of shared memory that a block may have witho
 
 
 def _allow_shared(compiled: Any, size: int) -> bool:
-    """Tell the driver that this kernel is launched with so many bytes of dynamic shared memory; False if it refuses."""
-    from cuda.bindings import driver
+    """Tell the driver that this kernel is launched with so many bytes of dynamic shared memory; False if it refuses.
 
-    (overload,) = compiled.overloads.values()
-    handle = int(overload._codelibrary.get_cufunc().handle)
-    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    # A CUkernel in newer versions of numba-cuda, a CUfunction in older ones.
-    (status,) = driver.cuKernelSetAttribute(attribute, size, driver.CUkernel(handle), cuda.get_current_device().id)
-    if status != driver.CUresult.CUDA_SUCCESS:
-        (status,) = driver.cuFuncSetAttribute(driver.CUfunction(handle), attribute, size)
+    Numba has no function for it, so this reaches into it; where its parts have other names, kernels make do with less.
+    """
+    try:
+        from cuda.bindings import driver
+
+        (overload,) = compiled.overloads.values()
+        handle = int(overload._codelibrary.get_cufunc().handle)
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        # A CUkernel in newer versions of numba-cuda, a CUfunction in older ones.
+        (status,) = driver.cuKernelSetAttribute(attribute, size, driver.CUkernel(handle), cuda.get_current_device().id)
+        if status != driver.CUresult.CUDA_SUCCESS:
+            (status,) = driver.cuFuncSetAttribute(driver.CUfunction(handle), attribute, size)
+    except (ImportError, AttributeError, TypeError, ValueError):
+        return False
     return bool(status == driver.CUresult.CUDA_SUCCESS)
 
 
