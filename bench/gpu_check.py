@@ -42,6 +42,7 @@ DENSE = {
 }
 LSTMS = {"H 128": (32, 128, 128), "H 1024": (32, 4, 1024), "odd": (5, 7, 77)}
 BLOCKS = {"block 1": (32, 128, 128, 1, 32), "block 2": (32, 64, 64, 32, 32), "odd": (3, 33, 47, 5, 37)}
+ALONE = (4, 37, 41, 9, 13)  # a convolution without ReLU and pooling
 PAPER_BATCH = 32
 FRAMES = 100_000  # that the windows of timed training steps are cut out of
 COPIED = 2**28  # numbers, to measure the memory's bandwidth by
@@ -111,14 +112,15 @@ def check_operations(precision: str) -> Results:
         x, w, b = numbers(B, T, F, C), numbers(3, 3, C, O), numbers(O)
         y, argmax = compare(title, "conv_relu_pool_forward", x, w, b)
         compare(title, "conv_relu_pool_backward", numbers(*y.shape), argmax, x, w)
-    x, dy = numbers(4, 37, 41, 9), numbers(4, 37, 41, 13)
-    compare("odd", "conv3x3_forward", x, numbers(3, 3, 9, 13), numbers(13))
-    compare("odd", "conv3x3_backward", dy, x, numbers(3, 3, 9, 13))
+    B, T, F, C, O = ALONE
+    x, w = numbers(B, T, F, C), numbers(3, 3, C, O)
+    compare("alone", "conv3x3_forward", x, w, numbers(O))
+    compare("alone", "conv3x3_backward", numbers(B, T, F, O), x, w)
     compare("block 1", "dropout", numbers(*BLOCKS["block 2"][:4]), 0.25, reference.dropout_key(1, 2, 3))
     logits, targets = 3 * numbers(32, 7), rng.integers(0, 7, 32)
-    compare("batch 32", "softmax", logits)
-    _, p = compare("batch 32", "cross_entropy_forward", logits, targets)
-    compare("batch 32", "cross_entropy_backward", p, targets)
+    compare("of 7 classes", "softmax", logits)
+    _, p = compare("of 7 classes", "cross_entropy_forward", logits, targets)
+    compare("of 7 classes", "cross_entropy_backward", p, targets)
     return results
 
 

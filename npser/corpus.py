@@ -8,6 +8,7 @@ import math
 import os
 import re
 import struct
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,7 +143,9 @@ def _decode_wav(path: str) -> tuple[NDArray[np.float64], int, int]:
     if not path.lower().endswith(".wav"):
         raise UserError(f"{path}: only WAV files can be read without the package soundfile: pip install soundfile")
     try:
-        rate, values = wavfile.read(path)
+        with warnings.catch_warnings():  # about chunks beside the samples
+            warnings.simplefilter("ignore", wavfile.WavFileWarning)
+            rate, values = wavfile.read(path)
     except ValueError as error:
         raise OSError(str(error)) from error
     samples = values.reshape(len(values), -1).astype(np.float64)

@@ -425,18 +425,24 @@ def shrunken(monkeypatch):
         "BLOCKS": {"block 1": (1, 4, 4, 1, 2), "block 2": (1, 4, 4, 2, 2)},
     }.items():
         monkeypatch.setattr(gpu_check, name, table)
-    for name, value in {"PAPER_BATCH": 2, "BATCHES": (2,), "FRAMES": 300, "COPIED": 64}.items():
+    for name, value in {
+        "ALONE": (1, 3, 4, 2, 3),
+        "PAPER_BATCH": 2,
+        "BATCHES": (2,),
+        "FRAMES": 300,
+        "COPIED": 64,
+    }.items():
         monkeypatch.setattr(gpu_check, name, value)
     return gpu_check
 
 
 def test_check_of_operations(shrunken):
     results = shrunken.check_operations("float32")
-    assert len(results) == 31
+    assert len(results) == 3 * 5 + 2 * 2 + 2 * 2 + 6
     assert all(result["agrees"] for result in results.values())
     assert not list(shrunken.disagreements(results))
-    results["softmax batch 32"]["agrees"] = False
-    assert list(shrunken.disagreements({"a": results})) == ["a / softmax batch 32"]
+    results["softmax of 7 classes"]["agrees"] = False
+    assert list(shrunken.disagreements({"a": results})) == ["a / softmax of 7 classes"]
 
 
 def test_timings_of_operations(shrunken, monkeypatch):
