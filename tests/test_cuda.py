@@ -137,6 +137,23 @@ def test_no_gpu_is_one_line(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.skipif(gpu_is_there(), reason="there is a GPU")
+def test_predict_refuses_in_one_line_too(tmp_path):
+    result = run_module("npser.predict", tmp_path / "m.npz", tmp_path / "a.wav", "--backend", "cuda")
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert result.stderr.startswith("npser.predict: --backend cuda: ")
+
+
+@pytest.mark.skipif(gpu_is_there(), reason="there is a GPU")
+def test_a_worker_without_a_gpu_says_so():
+    from npser import workers
+    from npser.errors import UserError
+
+    config = {"backend": "cuda", "precision": "float32", "threads": 1}
+    with pytest.raises(UserError, match="^--backend cuda: "):
+        workers.compute(workers.Job("demo", None, config, 0, 0, None, {}))
+
+
 @needs_numba_cuda
 def test_the_simulator_is_refused(tmp_path):
     assert "NUMBA_ENABLE_CUDASIM" in refused("--out", tmp_path / "out", NUMBA_ENABLE_CUDASIM="1")
