@@ -150,7 +150,7 @@ def test_a_worker_without_a_gpu_says_so():
     from npser.errors import UserError
 
     config = {"backend": "cuda", "precision": "float32", "threads": 1}
-    with pytest.raises(UserError, match="^--backend cuda: "):
+    with pytest.raises(UserError, match=r"^--backend cuda: "):
         workers.compute(workers.Job("demo", None, config, 0, 0, None, {}))
 
 

@@ -244,12 +244,12 @@ LAYERS = {
     "LastStep": (lambda: [LastStep(reference)], (4, 3)),
     "Windows, overlapping": (lambda: [Windows(reference, 4, 2, 3)], (8, 3)),
     "Windows, apart": (lambda: [Windows(reference, 2, 3, 2)], (5, 3)),
-    "TimeDistributed": (lambda: [TimeDistributed([AddChannel(), conv(channels=1), Flatten()])], (2, 4, 6)),
-    "TimeDistributed, nothing to learn": (lambda: [TimeDistributed([ReLU(k)])], (2, 3)),
+    "TimeDistributed": (lambda: [TimeDistributed(Sequential([AddChannel(), conv(channels=1), Flatten()]))], (2, 4, 6)),
+    "TimeDistributed, nothing to learn": (lambda: [TimeDistributed(ReLU(k))], (2, 3)),
     "all of tdcnn": (
         lambda: [
             Windows(reference, 4, 2, 3),
-            TimeDistributed([AddChannel(), conv(channels=1), Dropout(k, 0.3, 5, 1), Flatten()]),
+            TimeDistributed(Sequential([AddChannel(), conv(channels=1), Dropout(k, 0.3, 5, 1), Flatten()])),
             recurrent(inputs=12),
             LastStep(reference),
             dense(inputs=3),
