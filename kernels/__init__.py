@@ -1,11 +1,15 @@
 """Numerical operations of convolutional and recurrent networks: one vocabulary, three rungs.
 
 `kernels.reference` defines what every operation means (plain NumPy, any float type, written to be read),
-`kernels.cpu` makes it fast (Numba, float32), `kernels.cuda` will move it to the GPU. A rung is a module; all rungs
-offer the same names with the same arguments, so a network takes a rung as a parameter:
+`kernels.cpu` makes it fast (Numba, float32), `kernels.cuda` moves it to the GPU. A rung is a module; all rungs
+offer the same names with the same arguments (but for the Fourier transform, which the GPU does not have), so a network
+takes a rung as a parameter:
 
     k = kernels.rung("cpu")
     y, argmax = k.conv_relu_pool_forward(x, w, b)
+
+Arrays are NumPy's, or the GPU's own: `kernels.arrays(k)` is the module that makes and moves them for a rung,
+`kernels.host` or `kernels.cuda.arrays`, again with the same names.
 
 | operation                    | forward                           | backward                                      |
 | ---------------------------- | --------------------------------- | --------------------------------------------- |
@@ -32,11 +36,23 @@ the name of what it is the gradient of: `dx` is dLoss/dx and has x's shape.
 from importlib import import_module
 from types import ModuleType
 
-RUNGS = ("reference", "cpu")
+RUNGS = ("reference", "cpu", "cuda")
+
+
+class Unavailable(Exception):
+    """A rung cannot compute on this machine: one line that says why, and what to do."""
 
 
 def rung(name: str) -> ModuleType:
-    """The module that computes on rung `name`. Raises ValueError for an unknown name."""
+    """The module that computes on rung `name`. Raises ValueError for an unknown name, Unavailable without a GPU."""
     if name not in RUNGS:
         raise ValueError(f"unknown rung {name!r}: choose one of {', '.join(RUNGS)}")
-    return import_module(f"kernels.{name}")
+    module = import_module(f"kernels.{name}")
+    if name == "cuda":
+        module.require()
+    return module
+
+
+def arrays(k: ModuleType) -> ModuleType:
+    """The module with the array functions of rung `k`: NumPy's arrays for the reference and the cpu, or the GPU's."""
+    return import_module("kernels.cuda.arrays" if k.__name__ == "kernels.cuda" else "kernels.host")

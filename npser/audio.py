@@ -8,12 +8,15 @@ names it.
 import math
 import os
 import struct
+import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import soundfile
 from numpy.typing import NDArray
+from scipy.io import wavfile
 from scipy.signal import firwin, resample_poly
 
 from npser.errors import UserError
@@ -94,15 +97,14 @@ def _resampled_blocks(path: str) -> Iterator[Samples]:
             raise UserError(f"{path}: empty, it holds no bytes; copy it again")
         if _header_promises_more(path):
             raise UserError(f"{path}: truncated, the header promises more data than the file holds; copy it again")
-        with soundfile.SoundFile(path) as file:
+        with _opened(path) as file:
             # The filter grows with the rate: a damaged one would exhaust memory.
-            if file.frames and not 1000 <= file.samplerate <= 768_000:
+            if file.promised and not 1000 <= file.rate <= 768_000:
                 raise UserError(
-                    f"{path}: sample rate of {file.samplerate} Hz is not that of a speech recording; convert it to "
-                    "16 kHz"
+                    f"{path}: sample rate of {file.rate} Hz is not that of a speech recording; convert it to 16 kHz"
                 )
             made = 0
-            for block in resampled(_checked(path, _decoded(file), file), file.samplerate):
+            for block in resampled(_checked(path, file), file.rate):
                 made += block.size
                 yield block
     except (OSError, RuntimeError, TypeError) as error:  # soundfile raises all three; TypeError is for headerless .raw
@@ -112,26 +114,73 @@ def _resampled_blocks(path: str) -> Iterator[Samples]:
         raise UserError(f"{path}: {made} samples at 16 kHz are shorter than one frame of {FRAME}; remove it")
 
 
-def _decoded(file: soundfile.SoundFile) -> Iterator[Samples]:
-    """Blocks of samples, averaged over the channels: memory grows with neither the file nor what its header claims."""
+@dataclass(frozen=True)
+class _Decoded:
+    """An open file: blocks of its samples, averaged over the channels, their rate, and how many there have to be."""
+
+    blocks: Iterator[Samples]
+    rate: int
+    promised: int  # what the header says
+    least: int  # fewer than that, and the file is truncated
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[_Decoded]:
+    """The file, while it is open. OSError, RuntimeError or TypeError when it cannot be decoded."""
+    try:
+        import soundfile
+    except ImportError:
+        yield _decoded_wav(path)
+        return
+    with soundfile.SoundFile(path) as file:
+        # The length of an MP3 file without an index is an estimate: a shortage of up to two of its frames is no damage.
+        least = file.frames - (2 * 1152 if file.format in ("MP3", "MPEG") else 0)
+        yield _Decoded(_blocks(file), file.samplerate, file.frames, least)
+
+
+def _blocks(file: Any) -> Iterator[Samples]:
+    """Of a soundfile.SoundFile: memory grows with neither the file nor what its header claims."""
     block = max(1, _BLOCK // file.channels)
     while len(samples := file.read(block, dtype="float64", always_2d=True)):
         yield samples.mean(axis=1)
 
 
-def _checked(path: str, blocks: Iterable[Samples], file: soundfile.SoundFile) -> Iterator[Samples]:
+def _decoded_wav(path: str) -> _Decoded:
+    """A file on a machine without soundfile: WAV alone, by SciPy, which reads all of it at once."""
+    if not path.lower().endswith(".wav"):
+        raise UserError(f"{path}: only WAV files can be read without the package soundfile: pip install soundfile")
+    try:
+        with warnings.catch_warnings():  # about chunks beside the samples
+            warnings.simplefilter("ignore", wavfile.WavFileWarning)
+            rate, values = wavfile.read(path)
+    except ValueError as error:
+        raise OSError(str(error)) from error
+    values = values.reshape(len(values), -1)  # (samples, channels)
+    block = max(1, _BLOCK // values.shape[1])
+    blocks = (_as_reals(values[at : at + block]).mean(axis=1) for at in range(0, len(values), block))
+    return _Decoded(blocks, int(rate), len(values), len(values))
+
+
+def _as_reals(values: NDArray[Any]) -> Samples:
+    """PCM samples of any width -> [-1, 1)."""
+    if values.dtype.kind == "u":
+        return values.astype(np.float64) / 128 - 1  # 8 bits, offset
+    scale = 2.0 ** (8 * values.dtype.itemsize - 1) if values.dtype.kind == "i" else 1.0
+    return values.astype(np.float64) / scale
+
+
+def _checked(path: str, file: _Decoded) -> Iterator[Samples]:
     """The same blocks; UserError where the samples cannot be those of a recording."""
     size, least, most = 0, math.inf, -math.inf
-    for block in blocks:
+    for block in file.blocks:
         if not np.isfinite(block).all():
             raise UserError(f"{path}: holds samples that are not finite (NaN or infinity); export it again")
         size, least, most = size + block.size, min(least, float(block.min())), max(most, float(block.max()))
         yield block
     if size == 0:
         raise UserError(f"{path}: empty, it holds no samples; remove it or record it again")
-    # The length of an MP3 file without an index is an estimate: a shortage of up to two of its frames is no damage.
-    if size < file.frames - (2 * 1152 if file.format in ("MP3", "MPEG") else 0):
-        raise UserError(f"{path}: truncated, {size} of {file.frames} samples could be read; copy it again")
+    if size < file.least:
+        raise UserError(f"{path}: truncated, {size} of {file.promised} samples could be read; copy it again")
     if least == most:
         raise UserError(f"{path}: silent, all its samples are equal; remove it or record it again")
 

@@ -7,7 +7,8 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -91,6 +92,19 @@ def set_threads(wanted: int | None, backend: str) -> int:
     return threads
 
 
+@contextmanager
+def computing(backend: str, precision: str = "float32") -> Iterator[None]:
+    """Asks for the GPU at once, if that is the backend; within, one that is not there or too small is a UserError."""
+    import kernels
+
+    try:
+        if backend == "cuda":
+            kernels.rung("cuda").settings.precision = precision
+        yield
+    except kernels.Unavailable as error:
+        raise UserError(f"--backend {backend}: {error}") from error
+
+
 def versions() -> dict[str, Any]:
     """The program, its commit if it runs from a checkout, and the packages that compute."""
 
@@ -100,7 +114,7 @@ def versions() -> dict[str, Any]:
         except PackageNotFoundError:
             return None
 
-    named = {package: of(package) for package in ("npser", "numpy", "numba", "scipy", "soundfile")}
+    named = {package: of(package) for package in ("npser", "numpy", "numba", "numba-cuda", "scipy", "soundfile")}
     return {"python": platform.python_version(), **named, "commit": _commit()}
 
 

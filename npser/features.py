@@ -12,12 +12,18 @@ from types import ModuleType
 import numpy as np
 from numpy.typing import NDArray
 
+from kernels import host
 from kernels.reference import Array
 
 FRAME, HOP = 256, 128  # samples: 16 ms and 8 ms at 16 kHz
 BINS = 128
 FLOOR = 1e-3  # smallest magnitude, for samples in [-1, 1]: 16-bit quantisation noise lies at about 1e-4 per bin
 LOG_FLOOR = float(np.log(FLOOR))
+
+
+def transforming(backend: str) -> str:
+    """The rung that makes the frames for a backend: the GPU has no Fourier transform, and gets those of the cpu."""
+    return "cpu" if backend == "cuda" else backend
 
 
 def log_magnitude(k: ModuleType, samples: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -47,28 +53,34 @@ class Standardisation:
 class WindowSet:
     """All windows of some utterances, cut out of their frames when a batch is asked for.
 
-    `owner` (windows,) is the position of each window's utterance in the list given; `start` (windows,) its first frame.
+    `owner` (windows,) is the position of each window's utterance in the list given; `start` (windows,) its first frame
+    there. `everything` holds the frames of all utterances, each from row `first` (utterances,) on, and `rows`
+    (windows,) is the place of a window's first frame in it.
     """
 
     def __init__(
         self, utterances: Sequence[NDArray[np.float32]], scale: Standardisation, length: int, hop: int
     ) -> None:
         self.length = length
-        self.frames = [scale.apply(_padded(frames, length)) for frames in utterances]
-        counts = [window_count(len(frames), length, hop) for frames in self.frames]
+        frames = [scale.apply(_padded(frames, length)) for frames in utterances]
+        self.everything = np.concatenate(frames)
+        lengths = np.array([len(f) for f in frames])
+        counts = [window_count(n, length, hop) for n in lengths]
         self.owner = np.repeat(np.arange(len(counts)), counts)
         self.start = np.concatenate([hop * np.arange(count) for count in counts])
+        self.first = np.cumsum(lengths) - lengths
+        self.rows = self.first[self.owner] + self.start
 
     def __len__(self) -> int:
         return len(self.owner)
 
     def batch(self, which: NDArray[np.intp]) -> Array:
         """The windows with these numbers: (len(which), length, 128) float32."""
-        return np.stack([self.frames[self.owner[i]][self.start[i] : self.start[i] + self.length] for i in which])
+        return host.take_windows(self.everything, self.rows[which], self.length)
 
     def recordings(self) -> Iterator[tuple[Array, NDArray[np.intp]]]:
         """Each utterance's standardised frames (N, 128), and where its windows begin among them."""
-        for number, frames in enumerate(self.frames):
+        for number, frames in enumerate(np.split(self.everything, self.first[1:])):
             yield frames, self.start[self.owner == number]
 
 

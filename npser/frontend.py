@@ -30,6 +30,7 @@ def read_frames(corpus: Corpus, backend: str, threads: int = 1) -> list[NDArray[
 
     Raises UserError, naming the file, for a recording that cannot be used.
     """
+    backend = features.transforming(backend)
     cache = user_cache() / f"frames-{_fingerprint(corpus, backend)}.npz"
     if (frames := _load(cache)) is not None:
         return frames

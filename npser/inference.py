@@ -10,6 +10,8 @@ A window's answer is that of `Model.predict_proba`, within rounding, but
 
 At a segment hop of 8 frames a window of cnn needs a fifth of the convolutions (its dense layer remains), and a sample
 of tdcnn a quarter of everything. Dropout is off, so nothing but rounding tells the two ways apart.
+
+On a GPU nothing is shared: windows are cut out of the recordings there, and computed each on its own.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from kernels import host
 from kernels.reference import Array
 from npser.layers import LSTM, Layer, Sequential, TimeDistributed
 from npser.models import WINDOW_HOP, WINDOWS, Model
@@ -33,16 +36,23 @@ Recording = tuple[Array, Indices]  # standardised frames (N, bins), and where wi
 
 def window_probabilities(model: Model, recordings: Iterable[Recording]) -> Array:
     """Class probabilities (windows, K) of all windows of some recordings, in their order."""
-    logits, group, count = [], [], 0
-    for piece in _pieces(recordings, model.input_frames):
+    groups = _groups(_pieces(recordings, model.input_frames))
+    if model.arrays is not host:
+        return np.concatenate([_each_on_its_own(model, group) for group in groups])
+    return model.k.softmax(np.concatenate([_NETWORKS[model.arch](model, group) for group in groups]))
+
+
+def _groups(pieces: Iterable[Recording]) -> Iterator[list[Recording]]:
+    """The pieces, as many at a time as together have TOGETHER windows or more."""
+    group, count = [], 0
+    for piece in pieces:
         group.append(piece)
         count += len(piece[1])
         if count >= TOGETHER:
-            logits.append(_NETWORKS[model.arch](model, group))
+            yield group
             group, count = [], 0
     if group:
-        logits.append(_NETWORKS[model.arch](model, group))
-    return model.k.softmax(np.concatenate(logits))
+        yield group
 
 
 def _pieces(recordings: Iterable[Recording], length: int) -> Iterator[Recording]:
@@ -51,6 +61,19 @@ def _pieces(recordings: Iterable[Recording], length: int) -> Iterator[Recording]
         for at in range(0, len(starts), TOGETHER):
             part = starts[at : at + TOGETHER]
             yield frames[part[0] : part[-1] + length], part - part[0]
+
+
+def _joined(group: Sequence[Recording]) -> Recording:
+    """The recordings as one: their frames one after the other, and where windows begin among those."""
+    before = np.cumsum([0] + [len(frames) for frames, _ in group])
+    starts = np.concatenate([starts + offset for (_, starts), offset in zip(group, before, strict=False)])
+    return np.concatenate([frames for frames, _ in group]), starts
+
+
+def _each_on_its_own(model: Model, group: Sequence[Recording]) -> Array:
+    """The probabilities (windows, K) where arrays are on a GPU."""
+    frames, starts = map(model.arrays.asarray, _joined(group))
+    return model.predict_proba(model.arrays.take_windows(frames, starts, model.input_frames))
 
 
 # --- the three networks ------------------------------------------------------------------------------------------
@@ -65,9 +88,8 @@ def _cnn(model: Model, group: Sequence[Recording]) -> Array:
 def _lstm(model: Model, group: Sequence[Recording]) -> Array:
     first, *rest = model.layers.layers
     assert isinstance(first, LSTM)
-    z = first.project(np.concatenate([frames for frames, _ in group]))
-    before = np.cumsum([0] + [len(frames) for frames, _ in group])
-    starts = np.concatenate([starts + offset for (_, starts), offset in zip(group, before, strict=False)])
+    frames, starts = _joined(group)
+    z = first.project(frames)
     return Sequential(rest).forward(first.recur(z[starts[:, None] + np.arange(model.input_frames)]), None)
 
 

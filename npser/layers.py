@@ -8,13 +8,13 @@ Every layer is called forward and then backward, with the same batch:
                                                dx is None where the caller has no use for it
 
 `params` holds the layer's own arrays under their full names ("conv1.w"). An update changes them in place, so dx is
-computed before the sink is called. Shape letters are those of `kernels`.
+computed before the sink is called. `k` is the rung of `kernels` that computes; numbers are moved by the functions of
+`kernels.arrays(k)`, because the arrays may be on a GPU. Shape letters are those of `kernels`.
 """
 
 from types import ModuleType
 
-import numpy as np
-
+import kernels
 from kernels.reference import Array
 from npser.optim import Sink
 
@@ -82,7 +82,7 @@ class LSTM(Layer):
     """A sequence of inputs to a sequence of hidden states: (B, T, I) -> (B, T, H)."""
 
     def __init__(self, k: ModuleType, name: str, wx: Array, wh: Array, b: Array) -> None:
-        self.k, self.name = k, name
+        self.k, self.arrays, self.name = k, kernels.arrays(k), name
         self.params = {f"{name}.wx": wx, f"{name}.wh": wh, f"{name}.b": b}
 
     def forward(self, x: Array, n: int | None) -> Array:
@@ -106,10 +106,9 @@ class LSTM(Layer):
         B, T, H = dy.shape
         dz = self.k.lstm_backward(dy, self.gates, self.c, wh).reshape(B * T, 4 * H)
         dx = self.k.dense_backward_input(dz, wx).reshape(self.x.shape) if need_dx else None
-        h_before = np.zeros_like(self.h)  # h_{t-1}; h_{-1} = 0
-        h_before[:, 1:] = self.h[:, :-1]
+        h_before = self.arrays.step_before(self.h).reshape(B * T, H)
         sink.add_product(self.k, name_wx, wx, self.x.reshape(B * T, -1), dz)
-        sink.add_product(self.k, name_wh, wh, h_before.reshape(B * T, H), dz)
+        sink.add_product(self.k, name_wh, wh, h_before, dz)
         sink.add(self.k, name_b, b, self.k.dense_backward_bias(dz))
         return dx
 
@@ -156,10 +155,10 @@ class AddChannel(Layer):
     """(B, T, F) -> (B, T, F, 1): a spectrogram as an image with one channel."""
 
     def forward(self, x: Array, n: int | None) -> Array:
-        return x[..., None]
+        return x.reshape(*x.shape, 1)
 
     def backward(self, dy: Array, sink: Sink, need_dx: bool) -> Array | None:
-        return dy[..., 0]
+        return dy.reshape(dy.shape[:-1])
 
 
 class Flatten(Layer):
@@ -176,32 +175,31 @@ class Flatten(Layer):
 class LastStep(Layer):
     """(B, T, H) -> (B, H): what a recurrent network says after the last time step."""
 
+    def __init__(self, k: ModuleType) -> None:
+        super().__init__()
+        self.arrays = kernels.arrays(k)
+
     def forward(self, x: Array, n: int | None) -> Array:
-        self.shape = x.shape
-        return np.ascontiguousarray(x[:, -1])
+        self.steps = x.shape[1]
+        return self.arrays.last_step_forward(x)
 
     def backward(self, dy: Array, sink: Sink, need_dx: bool) -> Array | None:
-        dx = np.zeros(self.shape, dy.dtype)
-        dx[:, -1] = dy
-        return dx
+        return self.arrays.last_step_backward(dy, self.steps)
 
 
 class Windows(Layer):
     """(B, frames + (count-1)*hop, F) -> (B, count, frames, F): overlapping windows of one sample (paper, Fig. 5)."""
 
-    def __init__(self, frames: int, hop: int, count: int) -> None:
+    def __init__(self, k: ModuleType, frames: int, hop: int, count: int) -> None:
         super().__init__()
-        self.frames, self.starts = frames, [hop * i for i in range(count)]
+        self.arrays, self.frames, self.hop, self.count = kernels.arrays(k), frames, hop, count
 
     def forward(self, x: Array, n: int | None) -> Array:
-        self.shape = x.shape
-        return np.stack([x[:, s : s + self.frames] for s in self.starts], axis=1)
+        self.total = x.shape[1]
+        return self.arrays.windows_forward(x, self.frames, self.hop, self.count)
 
     def backward(self, dy: Array, sink: Sink, need_dx: bool) -> Array | None:
-        dx = np.zeros(self.shape, dy.dtype)
-        for i, s in enumerate(self.starts):
-            dx[:, s : s + self.frames] += dy[:, i]
-        return dx
+        return self.arrays.windows_backward(dy, self.total, self.hop)
 
 
 class Sequential(Layer):

@@ -110,14 +110,15 @@ def _model(archive: zipfile.ZipFile, backend: str) -> "Model":
     if len(set(labels)) != len(labels) or not all(isinstance(x, str) and x.isprintable() and x for x in labels):
         raise ValueError("its labels are not distinct printable names")
     members = {member.filename: member.file_size for member in archive.infolist()}
-    model = blank_model(about["arch"], backend, settings)
-    for name, value in model.params.items():
+    for name, value in blank_model(about["arch"], "reference", settings).params.items():  # takes no memory
         if members[f"params/{name}.npy"] < 2 * value.size:  # float16, the least that it can be
             raise ValueError(f"{name} is smaller than its settings ask for")
-    for name, value in model.params.items():
+    model = blank_model(about["arch"], backend, settings)
+    for name, own in model.layers.params.items():
+        value = model.arrays.asnumpy(own)  # the parameter itself, or its stand-in here while it is on a GPU
         with archive.open(f"params/{name}.npy") as file:
             _fill(name, value, file)
-        model.set_params({name: value})  # for the backends that hold them elsewhere, too
+        model.arrays.assign(own, value)
     if "scale/mean.npy" in members:
         model.scale = _scale(archive, settings["bins"])
     model.labels, model.training = tuple(labels), dict(about["training"])

@@ -17,6 +17,7 @@ import kernels
 from kernels.reference import Array
 from npser import modelfile
 from npser.corpus import PAPER_LABELS
+from npser.errors import UserError
 from npser.features import BINS, Standardisation
 from npser.layers import (
     LSTM,
@@ -73,7 +74,7 @@ def _lstm(make: "Maker", filters: int, hidden: int, bins: int, classes: int, dro
         make.lstm("lstm1", bins, hidden),
         make.lstm("lstm2", hidden, hidden),
         make.lstm("lstm3", hidden, hidden),
-        LastStep(),
+        LastStep(make.k),
         make.dense("out", hidden, classes),
     ]
 
@@ -82,11 +83,11 @@ def _tdcnn(make: "Maker", filters: int, hidden: int, bins: int, classes: int, dr
     """The two blocks for each of 4 overlapping windows, then two LSTM layers of 1024: 146.8 million parameters."""
     features = (bins // 4) ** 2 * filters
     return [
-        Windows(bins, WINDOW_HOP, WINDOWS),
+        Windows(make.k, bins, WINDOW_HOP, WINDOWS),
         TimeDistributed(_convolutions(make, filters, dropout)),
         make.lstm("lstm1", features, hidden),
         make.lstm("lstm2", hidden, hidden),
-        LastStep(),
+        LastStep(make.k),
         make.dense("out", hidden, classes),
     ]
 
@@ -109,6 +110,7 @@ class Maker:
 
     def __init__(self, k: ModuleType, seed: int, dtype: DTypeLike) -> None:
         self.k, self.seed, self.dtype = k, seed, np.dtype(dtype)
+        self.own = kernels.arrays(k).asarray  # initial values -> where the rung keeps its parameters
         self.rng = np.random.default_rng(seed)
         self.dropouts = 0
 
@@ -128,17 +130,18 @@ class Maker:
 
     def conv(self, name: str, channels: int, filters: int) -> ConvBlock:
         w = self._glorot((3, 3, channels, filters), 9 * channels, 9 * filters)
-        return ConvBlock(self.k, name, w, np.zeros(filters, self.dtype))
+        return ConvBlock(self.k, name, self.own(w), self.own(np.zeros(filters, self.dtype)))
 
     def dense(self, name: str, inputs: int, outputs: int) -> Dense:
-        return Dense(self.k, name, self._glorot((inputs, outputs), inputs, outputs), np.zeros(outputs, self.dtype))
+        w = self._glorot((inputs, outputs), inputs, outputs)
+        return Dense(self.k, name, self.own(w), self.own(np.zeros(outputs, self.dtype)))
 
     def lstm(self, name: str, inputs: int, hidden: int) -> LSTM:
         wx = self._glorot((inputs, 4 * hidden), inputs, hidden)
         wh = self._recurrent(hidden)
         b = np.zeros(4 * hidden, self.dtype)
         b[hidden : 2 * hidden] = 1  # the forget gate starts open
-        return LSTM(self.k, name, wx, wh, b)
+        return LSTM(self.k, name, self.own(wx), self.own(wh), self.own(b))
 
     def dropout(self, rate: float) -> Dropout:
         self.dropouts += 1
@@ -181,6 +184,7 @@ class Model:
     def __init__(self, arch: str, settings: Mapping[str, Any], backend: str, layers: Sequential) -> None:
         self.arch, self.settings, self.backend = arch, dict(settings), backend
         self.k = kernels.rung(backend)
+        self.arrays = kernels.arrays(self.k)
         self.layers = layers
         self.input_frames = input_frames(arch, self.settings["bins"])
         self.dtype = np.dtype(self.settings["dtype"])
@@ -189,8 +193,8 @@ class Model:
 
     @property
     def params(self) -> dict[str, Array]:
-        """The current values by name; the arrays are the model's own."""
-        return dict(self.layers.params)
+        """The current values by name; on the cpu and the reference rung, the arrays are the model's own."""
+        return {name: self.arrays.asnumpy(value) for name, value in self.layers.params.items()}
 
     def set_params(self, params: Mapping[str, NDArray[Any]]) -> None:
         """Copy the values into the parameters of these names; ValueError for an unknown name or a wrong shape."""
@@ -200,39 +204,41 @@ class Model:
             mine = self.layers.params[name]
             if mine.shape != value.shape:
                 raise ValueError(f"{name} has shape {mine.shape}, not {value.shape}")
-            mine[...] = value
+            self.arrays.assign(mine, value)
 
     def _logits(self, x: Array, n: int | None) -> Array:
         if x.ndim != 3 or x.shape[1:] != (self.input_frames, self.settings["bins"]):
             raise ValueError(f"x has shape {x.shape}, not (B, {self.input_frames}, {self.settings['bins']})")
-        return self.layers.forward(np.ascontiguousarray(x, self.dtype), n)
+        return self.layers.forward(self.arrays.asarray(x, self.dtype), n)
 
     def loss_and_grads(self, x: Array, y: NDArray[Any]) -> tuple[float, dict[str, Array]]:
         """Mean cross-entropy of the batch and the gradient of every parameter; dropout off."""
-        sink = Gradients()
-        loss, p = self.k.cross_entropy_forward(self._logits(x, None), y)
-        self.layers.backward(self.k.cross_entropy_backward(p, y), sink, need_dx=False)
-        return loss, sink.arrays
+        sink, targets = Gradients(), self.arrays.asarray(y)
+        loss, p = self.k.cross_entropy_forward(self._logits(x, None), targets)
+        self.layers.backward(self.k.cross_entropy_backward(p, targets), sink, need_dx=False)
+        return float(loss), {name: self.arrays.asnumpy(dw) for name, dw in sink.arrays.items()}
 
     def train_step(self, x: Array, y: NDArray[Any], sgd: SGD) -> float:
         """One update of the parameters, in place; returns the batch's loss before it."""
-        return self.train_batch(x, y, sgd)[0]
+        return float(self.train_batch(x, self.arrays.asarray(y), sgd)[0])
 
-    def train_batch(self, x: Array, y: NDArray[Any], sgd: SGD) -> tuple[float, Array]:
+    def train_batch(self, x: Array, y: Array, sgd: SGD) -> tuple[Any, Array]:
         """`train_step` that also returns the probabilities (B, K), dropout on, of which the loss was computed.
 
-        Nothing is updated when the loss is not finite.
+        y, loss and probabilities are of the rung: on a GPU nothing here waits for them. Nothing is updated when the
+        loss is known not to be finite.
         """
         loss, p = self.k.cross_entropy_forward(self._logits(x, sgd.updates), y)
-        if np.isfinite(loss):
+        if not self.arrays.diverged(loss):
             dlogits = self.k.cross_entropy_backward(p, y)
-            sgd.update(self.k, self.params, lambda sink: self.layers.backward(dlogits, sink, need_dx=False))
+            sgd.update(self.k, self.layers.params, lambda sink: self.layers.backward(dlogits, sink, need_dx=False))
         return loss, p
 
     def predict_proba(self, x: Array, batch_size: int = 32) -> Array:
         """Class probabilities (B, K) of B windows, computed in batches to bound the memory."""
-        parts = [self._logits(x[i : i + batch_size], None) for i in range(0, len(x), batch_size)]
-        return self.k.softmax(np.concatenate(parts)) if parts else np.empty((0, self.settings["classes"]), self.dtype)
+        parts = [self.k.softmax(self._logits(x[i : i + batch_size], None)) for i in range(0, len(x), batch_size)]
+        nothing = np.empty((0, self.settings["classes"]), self.dtype)
+        return np.concatenate([nothing, *map(self.arrays.asnumpy, parts)])
 
     def save(self, path: str | os.PathLike[str], storage: str = "float32") -> None:
         """Write the model file, an npz of plain arrays; storage "float16" halves it. See `npser.modelfile`."""
@@ -253,9 +259,10 @@ def build_model(
 ) -> Model:
     """A network with fresh weights, determined by the seed.
 
-    arch: "cnn", "lstm" or "tdcnn"; backend: "cpu" or "reference" (the rung of `kernels` that computes). filters, hidden
-    (width of the dense or LSTM layers), bins and classes make smaller twins for tests; windows are bins x bins, and
-    what an architecture lacks is ignored. dtype float64 is for the reference rung. ValueError for anything else.
+    arch: "cnn", "lstm" or "tdcnn"; backend: "cpu", "cuda" or "reference" (the rung of `kernels` that computes).
+    filters, hidden (width of the dense or LSTM layers), bins and classes make smaller twins for tests; windows are
+    bins x bins, and what an architecture lacks is ignored. dtype float64 is for the reference rung. ValueError for
+    anything else; UserError where there is no GPU for "cuda", or too small a one.
     """
     settings = {
         "filters": filters,
@@ -269,7 +276,7 @@ def build_model(
 
 
 def _assembled(arch: str, backend: str, settings: dict[str, Any], maker: type[Maker], seed: int = 0) -> Model:
-    """A network whose layers `maker` makes. ValueError for settings that make none."""
+    """A network whose layers `maker` makes; exceptions as in `build_model`."""
     if arch not in ARCHITECTURES:
         raise ValueError(f"unknown architecture {arch!r}: choose one of {', '.join(ARCHITECTURES)}")
     sizes = {name: value for name, value in settings.items() if name != "dtype"}
@@ -283,12 +290,15 @@ def _assembled(arch: str, backend: str, settings: dict[str, Any], maker: type[Ma
         or not 0 <= sizes["dropout"] < 1
     ):
         raise ValueError(f"filters, hidden and classes must be >= 1, bins >= {least_bins}, dropout in [0, 1)")
-    make = maker(kernels.rung(backend), seed, dtype)
-    return Model(arch, settings, backend, Sequential(_NETWORKS[arch](make, **sizes)))
+    try:
+        make = maker(kernels.rung(backend), seed, dtype)
+        return Model(arch, settings, backend, Sequential(_NETWORKS[arch](make, **sizes)))
+    except kernels.Unavailable as error:
+        raise UserError(f"backend {backend}: {error}") from error
 
 
 def blank_model(arch: str, backend: str, settings: Mapping[str, Any]) -> Model:
-    """A network of these settings whose parameters have no values yet; ValueError as in `build_model`."""
+    """A network of these settings whose parameters have no values yet; exceptions as in `build_model`."""
     return _assembled(arch, backend, dict(settings), _Blank)
 
 

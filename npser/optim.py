@@ -13,8 +13,7 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Protocol
 
-import numpy as np
-
+import kernels
 from kernels.reference import Array
 
 
@@ -62,9 +61,9 @@ class SGD:
         """The learning rate of the next update."""
         return self.lr / (1 + self.decay * self.updates)
 
-    def _velocity(self, name: str, w: Array) -> Array:
+    def _velocity(self, k: ModuleType, name: str, w: Array) -> Array:
         if name not in self.velocities:
-            self.velocities[name] = np.zeros_like(w)
+            self.velocities[name] = kernels.arrays(k).zeros_like(w)
         return self.velocities[name]
 
     def update(self, k: ModuleType, params: Mapping[str, Array], backward: Callable[[Sink], object]) -> None:
@@ -74,14 +73,13 @@ class SGD:
         else:  # the norm is known when all gradients are: they are collected first
             gradients = Gradients()
             backward(gradients)
-            norm = np.sqrt(sum(float(np.vdot(dw, dw)) for dw in gradients.arrays.values()))
-            scale = min(1.0, self.clip_norm / norm) if norm > 0 else 1.0
-            for name, dw in gradients.arrays.items():
-                self.add(k, name, params[name], dw * dw.dtype.type(scale))
+            clipped = kernels.arrays(k).shortened(list(gradients.arrays.values()), self.clip_norm)
+            for name, dw in zip(gradients.arrays, clipped, strict=True):
+                self.add(k, name, params[name], dw)
         self.updates += 1
 
     def add(self, k: ModuleType, name: str, w: Array, dw: Array) -> None:
-        k.sgd_update(w, self._velocity(name, w), dw, self.rate, self.momentum)
+        k.sgd_update(w, self._velocity(k, name, w), dw, self.rate, self.momentum)
 
     def add_product(self, k: ModuleType, name: str, w: Array, x: Array, dy: Array) -> None:
-        k.dense_update_weights(x, dy, w, self._velocity(name, w), self.rate, self.momentum)
+        k.dense_update_weights(x, dy, w, self._velocity(k, name, w), self.rate, self.momentum)

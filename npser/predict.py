@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from npser.cli import Parser, run, set_threads, whole
+from npser.cli import Parser, computing, run, set_threads, whole
 from npser.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
@@ -70,7 +70,10 @@ def parser() -> argparse.ArgumentParser:
         help="frames (8 ms) from one window to the next (default: as in the model's training)",
     )
     how.add_argument(
-        "--backend", default="cpu", choices=("cpu", "reference"), help="what computes; see npser.train (default: cpu)"
+        "--backend",
+        default="cpu",
+        choices=("cpu", "reference", "cuda"),
+        help="what computes; see npser.train (default: cpu)",
     )
     how.add_argument("--threads", type=whole(1), metavar="N", help="processor cores to use (default: all)")
     return p
@@ -246,13 +249,14 @@ class Live:
 
 def segments(model: "Model", source: Input, hop: int) -> Iterator[tuple[float, Segment]]:
     """The windows of a recording, in order, each with the recording's length in seconds."""
+    import kernels
     from npser.audio import SAMPLE_RATE, open_recording
-    from npser.features import FRAME, HOP
+    from npser.features import FRAME, HOP, transforming
     from npser.scoring import frame_blocks, score
 
     try:
         recording = open_recording(source.path)
-        blocks = frame_blocks(model.k, recording.samples())
+        blocks = frame_blocks(kernels.rung(transforming(model.backend)), recording.samples())
         number = 0
         for piece in score(model, blocks, hop):
             for p in piece:
@@ -325,7 +329,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.inputs.count("-") > 1:
         raise UserError("-: standard input can be read only once")
     threads = set_threads(options.threads, options.backend)
+    with computing(options.backend):
+        return _predict(options, threads)
 
+
+def _predict(options: argparse.Namespace, threads: int) -> int:
+    """The command with its options checked and its threads set."""
     from npser.models import load_model
     from npser.progress import duration
     from npser.scoring import standardisation

@@ -60,12 +60,15 @@ class Progress:
         """These steps of the fold were done by an earlier start."""
         self.done += steps
 
-    def step(self, seconds: float, windows: int, loss: float, accuracy: float, epoch: int, epochs: int) -> None:
-        """One update done, in so many seconds; loss and accuracy are the epoch's so far."""
-        self.done += 1
-        self._fold_measured += 1
-        if self._fold_measured > 1:  # the first step of a fold warms caches, or compiles: it says nothing of the others
-            self.measured += 1
+    def step(
+        self, seconds: float, windows: int, loss: float, accuracy: float, epoch: int, epochs: int, updates: int = 1
+    ) -> None:
+        """One update (or several) done, in so many seconds; loss and accuracy are the epoch's so far."""
+        self.done += updates
+        first = self._fold_measured == 0
+        self._fold_measured += updates
+        if not first:  # the first step of a fold warms caches, or compiles: it says nothing of the others
+            self.measured += updates
             self.seconds += seconds
         if not self._announced and self.measured >= ESTIMATE_AFTER:
             self._announced = True

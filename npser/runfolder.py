@@ -31,12 +31,12 @@ from npser.metrics import confusion_matrix
 VOTES = ("sum", "majority")  # sum of the segments' probabilities; majority of the segments' decisions
 
 # What may differ between the start of a run and its resumption, or between machines that share its folds.
-MAY_CHANGE = ("vote", "backend", "threads", "workers", "only", "versions", "checkpoint")
+MAY_CHANGE = ("vote", "backend", "precision", "threads", "workers", "only", "versions", "checkpoint")
 
 # Configuration keys that are spelt as options of npser.train in messages; any other key is shown under its own name.
 _OPTIONS = {
     *("arch", "data", "cv", "folds", "repeats", "epochs", "batch_size", "segment_hop", "vote"),
-    *("only", "backend", "threads", "workers", "seed", "out", "save"),
+    *("only", "backend", "precision", "threads", "workers", "seed", "out", "save"),
 }
 _FULL_DISK = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _NOT_WRITABLE = {

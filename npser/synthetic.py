@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import soundfile
 from numpy.typing import NDArray
 
 from npser.cli import Parser, run
@@ -259,6 +258,8 @@ def _rms(samples: Floats) -> float:
 
 def write_corpus(folder: Path) -> int:
     """Write the corpus as 16-bit WAV files into one sub-folder per emotion; return how many."""
+    import soundfile  # here, because training on the corpus does without
+
     corpus = demo_corpus()
     try:
         for utterance in corpus.utterances:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npser.cli import Parser, machine, run, set_threads, versions, whole
+from npser.cli import Parser, computing, machine, run, set_threads, versions, whole
 from npser.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
@@ -114,8 +114,15 @@ def parser() -> argparse.ArgumentParser:
         "--backend",
         default="cpu",
         choices=("cpu", "reference", "cuda"),
-        help="cpu: compiled kernels; reference: plain NumPy, to check by, many times slower; cuda: not there yet "
+        help="cpu: compiled kernels; cuda: an NVIDIA GPU; reference: plain NumPy, to check by, many times slower "
         "(default: cpu)",
+    )
+    how.add_argument(
+        "--precision",
+        default="float32",
+        choices=("float32", "tf32"),
+        help="of large matrix products with --backend cuda; tf32: on the tensor cores, with 10 instead of 23 bits of "
+        "mantissa (default: float32)",
     )
     how.add_argument("--threads", type=whole(1), metavar="N", help="processor cores to use (default: all)")
     how.add_argument(
@@ -170,8 +177,8 @@ def _by_arch(usual: dict[str, int], demo: dict[str, int]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit status, raises UserError or RunFailed."""
     options = parser().parse_args(arguments)
-    if options.backend == "cuda":
-        raise UserError("--backend cuda: there is no GPU backend yet: use --backend cpu")
+    if options.precision != "float32" and options.backend != "cuda":
+        raise UserError(f"--precision {options.precision}: the {options.backend} has float32 only: add --backend cuda")
     if options.save and options.cv != "none":
         raise UserError("--save: a cross-validation has no single model to save: add --cv none")
     for name, given in (("--score-from", options.score_from), ("--storage float16", options.storage == "float16")):
@@ -193,14 +200,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from npser.corpus import cross_corpus, open_corpus
 
-    corpus = open_corpus(options.data)
-    if options.test_data:
-        corpus = cross_corpus(corpus, open_corpus(options.test_data))
-    demo = corpus.name == "demo"
-    config = _config(options, corpus, threads, demo)
-    if options.cv == "none":
-        return _fit_everything(options, corpus, config)
-    return _cross_validate(options, corpus, config)
+    with computing(options.backend, options.precision):
+        corpus = open_corpus(options.data)
+        if options.test_data:
+            corpus = cross_corpus(corpus, open_corpus(options.test_data))
+        demo = corpus.name == "demo"
+        config = _config(options, corpus, threads, demo)
+        if options.cv == "none":
+            return _fit_everything(options, corpus, config)
+        return _cross_validate(options, corpus, config)
 
 
 def _config(options: argparse.Namespace, corpus: "Corpus", threads: int, demo: bool) -> dict[str, Any]:
@@ -234,6 +242,7 @@ def _config(options: argparse.Namespace, corpus: "Corpus", threads: int, demo: b
         "optimiser": {"lr": sgd.lr, "momentum": sgd.momentum, "decay": sgd.decay, "clip_norm": sgd.clip_norm},
         "features": {"frame": features.FRAME, "hop": features.HOP, "bins": features.BINS, "floor": features.FLOOR},
         "backend": options.backend,
+        "precision": options.precision,
         "threads": threads,
         "versions": versions(),
     }
@@ -269,7 +278,7 @@ def _introduce(config: dict[str, Any], corpus: "Corpus", frames: "Frames", plan:
         f"{seconds / 60:.1f} min of speech"
     )
     print(
-        f"{parameters / 1e6:.3f} million parameters, backend {config['backend']}, {config['threads']} threads, "
+        f"{parameters / 1e6:.3f} million parameters, backend {_backend(config)}, {config['threads']} threads, "
         f"seed {config['seed']}"
     )
     print(plan, flush=True)
@@ -281,7 +290,23 @@ def _introduce(config: dict[str, Any], corpus: "Corpus", frames: "Frames", plan:
         print(f"skipped {len(corpus.skipped)} files in all", file=sys.stderr, flush=True)
 
 
+def _backend(config: Mapping[str, Any]) -> str:
+    """What computes, for people: the GPU by its name."""
+    if config["backend"] != "cuda":
+        return str(config["backend"])
+    from kernels.cuda import device_name
+
+    return f"cuda ({device_name()}, {config['precision']})"
+
+
+def machine_of(config: Mapping[str, Any]) -> str:
+    """What computes, for the record."""
+    return machine() + (f", {_backend(config)}" if config["backend"] == "cuda" else "")
+
+
 def _warn_of_compilation(backend: str, progress: "Progress") -> None:
+    if backend == "cuda":
+        progress.say("compiling kernels for the GPU (at every start) ...")
     if backend == "cpu":
         from kernels.cpu import cache_is_cold
 
@@ -315,7 +340,8 @@ def _cross_validate(options: argparse.Namespace, corpus: "Corpus", config: dict[
     progress = Progress(total)
     if waiting:
         _warn_of_compilation(config["backend"], progress)
-    about = {key: config[key] for key in ("backend", "threads", "vote", "versions")} | {"machine": machine()}
+    about = {key: config[key] for key in ("backend", "precision", "threads", "vote", "versions")}
+    about["machine"] = machine_of(config)
     if options.dask or (options.workers > 1 and len(waiting) > 1):
         _in_processes(options, folder, waiting, about | {"workers": options.dask or options.workers})
     else:
@@ -415,7 +441,7 @@ def _fit_everything(options: argparse.Namespace, corpus: "Corpus", config: dict[
     model, epochs = train_on(
         frames, corpus.targets, everything, len(corpus.labels), settings, words, progress, checkpoint
     )
-    model.labels, model.training = corpus.labels, {**config, "machine": machine()}
+    model.labels, model.training = corpus.labels, {**config, "machine": machine_of(config)}
     model.cross_validation = score
     try:
         model.save(path, options.storage)

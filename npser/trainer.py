@@ -26,6 +26,7 @@ from npser.progress import Progress, duration
 from npser.runfolder import EpochResult
 
 _OVERSAMPLING, _SHUFFLING = 1, 2  # last words of the generators' seeds: two unrelated streams
+LOOK_EVERY = 0.5  # seconds between two readings of loss and accuracy where reading waits for a GPU
 
 
 @dataclass(frozen=True)
@@ -67,28 +68,40 @@ def fit(model: Model, task: Task, progress: Progress, checkpoint: "Checkpoint | 
 
 def train_epochs(model: Model, sgd: SGD, task: Task, progress: Progress, first: int = 0) -> Iterator[EpochResult]:
     """Train epoch after epoch, `first` of them done already; yields each one's result when it is over."""
-    windows = task.oversampled()
+    k, length = model.arrays, task.windows.length
+    windows, frames = task.oversampled(), k.asarray(task.windows.everything)
     for epoch in range(first, task.epochs):
         order = np.random.default_rng([*task.seed, _SHUFFLING, epoch]).permutation(windows)
-        loss_sum, right, seen = 0.0, 0, 0
-        started = time.monotonic()
+        starts, targets = k.asarray(task.windows.rows[order]), k.asarray(task.targets[order])
+        tally, loss_mean, accuracy, reported = k.Tally(), 0.0, 0.0, 0
+        started = before = time.monotonic()
         for at in range(0, len(order), task.batch_size):
-            before = time.monotonic()
-            batch = order[at : at + task.batch_size]  # the last one may be smaller
-            y = task.targets[batch]
-            loss, p = model.train_batch(task.windows.batch(batch), y, sgd)
-            if not np.isfinite(loss):
-                raise RunFailed(
-                    f"the training diverged: the loss is {loss} in epoch {epoch + 1}, update {sgd.updates + 1}; "
-                    "no result is written"
-                )
-            loss_sum += loss * len(batch)
-            right += int((p.argmax(axis=1) == y).sum())
-            seen += len(batch)
-            progress.step(time.monotonic() - before, len(batch), loss_sum / seen, right / seen, epoch + 1, task.epochs)
-        result = EpochResult(epoch + 1, loss_sum / seen, right / seen, time.monotonic() - started)
+            seen = min(at + task.batch_size, len(order))  # the last batch may be smaller
+            y = targets[at:seen]
+            loss, p = model.train_batch(k.take_windows(frames, starts[at:seen], length), y, sgd)
+            if k.diverged(loss):
+                raise _diverged(float(loss), epoch, sgd.updates + 1)
+            tally.add(loss, p, y)
+            # A GPU is left alone for a while between two looks at how far it is.
+            if k.WAITS and at > 0 and seen < len(order) and time.monotonic() - before < LOOK_EVERY:
+                continue
+            loss_sum, right = tally.read()
+            if not np.isfinite(loss_sum):
+                raise _diverged(loss_sum, epoch, sgd.updates)
+            loss_mean, accuracy = loss_sum / seen, right / seen
+            now = time.monotonic()
+            updates = -(-(seen - reported) // task.batch_size)
+            progress.step(now - before, seen - reported, loss_mean, accuracy, epoch + 1, task.epochs, updates)
+            before, reported = now, seen
+        result = EpochResult(epoch + 1, loss_mean, accuracy, time.monotonic() - started)
         progress.epoch_done(result, task.epochs, len(order))
         yield result
+
+
+def _diverged(loss: float, epoch: int, update: int) -> RunFailed:
+    return RunFailed(
+        f"the training diverged: the loss is {loss} in epoch {epoch + 1}, update {update}; no result is written"
+    )
 
 
 @dataclass(frozen=True)
@@ -134,7 +147,7 @@ class Checkpoint:
         started = time.monotonic()
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         arrays: dict[str, Any] = {f"params/{name}": value for name, value in model.params.items()}
-        arrays |= {f"velocities/{name}": value for name, value in sgd.velocities.items()}
+        arrays |= {f"velocities/{name}": model.arrays.asnumpy(value) for name, value in sgd.velocities.items()}
         epochs = np.array([[r.epoch, r.loss, r.accuracy, r.seconds] for r in done])
         try:
             with open(temporary, "wb") as file:
@@ -162,5 +175,6 @@ class Checkpoint:
             self.progress.say(f"{self.path.name} cannot be used ({error}): this fold starts at its beginning")
             return []
         model.set_params(params)
-        sgd.velocities, sgd.updates = velocities, updates
+        sgd.velocities = {name: model.arrays.asarray(value) for name, value in velocities.items()}
+        sgd.updates = updates
         return [EpochResult(int(epoch), *map(float, values)) for epoch, *values in epochs]

@@ -43,25 +43,27 @@ class Job:
 
 def compute(job: Job) -> "FoldResult":
     """Compute a fold, in a worker. RunFailed when the training diverges, UserError when its corpus is another one."""
-    from npser.cli import machine, set_threads
+    from npser.cli import computing, set_threads
 
-    set_threads(job.config["threads"], job.config["backend"])
+    config = job.config
+    set_threads(config["threads"], config["backend"])
     from pathlib import Path
 
     from npser.crossval import make_folds, train_and_test
     from npser.progress import Progress
-    from npser.train import listing_sha256, settings_of
+    from npser.train import listing_sha256, machine_of, settings_of
 
-    corpus, frames = _corpus(job.data, job.test_data, job.config["backend"], job.config["threads"])
-    if listing_sha256(corpus) != job.config["utterances_sha256"]:
-        raise UserError(f"--data {job.data}: the worker finds other utterances there than this machine")
-    config = job.config
-    folds = make_folds(corpus, config["cv"], config["folds"], config["repeats"], config["seed"])
-    fold = next(fold for fold in folds if (fold.repeat, fold.number) == (job.repeat, job.fold))
-    silent = Progress(0, io.StringIO())
-    silent.begin_fold(f"fold {job.name}", 0)
-    path = Path(job.checkpoint) if job.checkpoint else None
-    return train_and_test(corpus, frames, fold, settings_of(config), silent, path, {**job.about, "machine": machine()})
+    with computing(config["backend"], config["precision"]):
+        corpus, frames = _corpus(job.data, job.test_data, config["backend"], config["threads"])
+        if listing_sha256(corpus) != config["utterances_sha256"]:
+            raise UserError(f"--data {job.data}: the worker finds other utterances there than this machine")
+        folds = make_folds(corpus, config["cv"], config["folds"], config["repeats"], config["seed"])
+        fold = next(fold for fold in folds if (fold.repeat, fold.number) == (job.repeat, job.fold))
+        silent = Progress(0, io.StringIO())
+        silent.begin_fold(f"fold {job.name}", 0)
+        path = Path(job.checkpoint) if job.checkpoint else None
+        about = {**job.about, "machine": machine_of(config)}
+        return train_and_test(corpus, frames, fold, settings_of(config), silent, path, about)
 
 
 @lru_cache(maxsize=1)

@@ -3,12 +3,15 @@
 import os
 import pickle
 import struct
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from conftest import ROOT
 
 from npser.corpus import PAPER_LABELS, SAMPLE_RATE, cross_corpus, open_corpus, read_audio
 from npser.errors import UserError
@@ -493,3 +496,23 @@ def test_real_emodb():
     seconds = [corpus.read(u).size / SAMPLE_RATE for u in corpus.utterances]  # none is refused as damaged
     assert min(seconds) > 1.2
     assert max(seconds) < 9
+
+
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "PCM_U8", "FLOAT"])
+def test_wav_files_are_the_same_without_soundfile(subtype, tmp_path, monkeypatch):
+    rng = np.random.default_rng(3)
+    soundfile.write(tmp_path / "a.wav", 0.3 * rng.uniform(-1, 1, (3000, 2)), 16000, subtype=subtype)
+    soundfile.write(tmp_path / "a.flac", 0.3 * rng.uniform(-1, 1, 3000), 16000)
+    usual = read_audio(tmp_path / "a.wav")
+    monkeypatch.setitem(sys.modules, "soundfile", None)
+    np.testing.assert_allclose(read_audio(tmp_path / "a.wav"), usual, rtol=0, atol=1e-7)
+    with pytest.raises(UserError, match=r"a\.flac: only WAV files .* pip install soundfile"):
+        read_audio(tmp_path / "a.flac")
+    (tmp_path / "b.wav").write_text("this is no audio")
+    with pytest.raises(UserError, match=r"b\.wav: cannot be read as audio"):
+        read_audio(tmp_path / "b.wav")
+
+
+def test_training_does_without_soundfile():
+    program = "import sys; sys.modules['soundfile'] = None; import npser.crossval, npser.frontend, npser.predict"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0

@@ -1,0 +1,93 @@
+"""Every operation of `kernels.reference` for an NVIDIA GPU: numba.cuda, float32, no cuDNN and no cuBLAS.
+
+device.py is the GPU: arrays, stream, kernels; the only module that imports numba.cuda. arrays.py holds what
+`kernels.host` does for NumPy. matmul.py, tf32.py, dense.py, conv.py, lstm.py and elementwise.py hold the operations,
+under the names that they have on the other rungs and in the same order of arguments, each with its floor.
+
+Operands are arrays on the device (`arrays.asarray`); a TypeError or ValueError names one that is not, or does not fit.
+No operation waits for the device, and none adds up in an order that depends on timing: the same call gives the same
+bits. The short-time Fourier transform is not here: frames are made once per recording, by the cpu.
+
+What the compiler makes of the larger kernels for compute capability 9.0 (H100, H200; numba-cuda 0.30, nvJitLink 13.5):
+registers of a thread, and bytes of shared memory of a block that are fixed (the LSTM's sequence kernels take more at
+launch). None spills registers to memory. `tests/test_cuda.py` keeps this table true.
+
+| kernel                           | registers | shared bytes |
+| -------------------------------- | --------: | -----------: |
+| product_wide_plain_store         |       117 |         8448 |
+| product_wide_plain_bias          |       117 |         8448 |
+| product_wide_turned_b_store      |       122 |         8448 |
+| product_wide_turned_a_store      |       115 |         8448 |
+| product_wide_turned_a_update     |       113 |         8448 |
+| product_flat_plain_store         |       110 |        10752 |
+| product_flat_plain_bias          |       110 |        10752 |
+| product_flat_turned_b_store      |       124 |        10752 |
+| product_tensor_plain_store       |       128 |        17408 |
+| product_tensor_plain_bias        |       128 |        17408 |
+| product_tensor_turned_b_store    |       128 |        17408 |
+| product_tensor_turned_a_store    |       124 |        17408 |
+| product_tensor_turned_a_update   |       123 |        17408 |
+| conv_relu_pool_1                 |       122 |         2448 |
+| conv_relu_pool_many              |       127 |        19584 |
+| conv3x3                          |       127 |        19584 |
+| conv_relu_pool_dx                |       114 |        19584 |
+| conv_relu_pool_dw_1              |        96 |        19152 |
+| conv_relu_pool_dw_many           |       128 |        31232 |
+| conv3x3_dw                       |       128 |        15872 |
+| lstm_sequence                    |       126 |            0 |
+| lstm_sequence_backward           |       119 |            0 |
+| lstm_step                        |        83 |            0 |
+| lstm_step_backward               |        53 |            0 |
+"""
+
+from kernels.cuda.conv import (
+    conv3x3_backward,
+    conv3x3_forward,
+    conv_relu_pool_backward,
+    conv_relu_pool_forward,
+    maxpool2x2_backward,
+    maxpool2x2_forward,
+    relu_backward,
+    relu_forward,
+)
+from kernels.cuda.dense import (
+    dense_backward_bias,
+    dense_backward_input,
+    dense_backward_weights,
+    dense_forward,
+    dense_update_weights,
+    sgd_update,
+)
+from kernels.cuda.device import PRECISIONS, allow_simulator, device_name, require, settings, synchronise
+from kernels.cuda.elementwise import cross_entropy_backward, cross_entropy_forward, dropout, dropout_key, softmax
+from kernels.cuda.lstm import lstm_backward, lstm_forward
+
+__all__ = [
+    "PRECISIONS",
+    "allow_simulator",
+    "conv3x3_backward",
+    "conv3x3_forward",
+    "conv_relu_pool_backward",
+    "conv_relu_pool_forward",
+    "cross_entropy_backward",
+    "cross_entropy_forward",
+    "dense_backward_bias",
+    "dense_backward_input",
+    "dense_backward_weights",
+    "dense_forward",
+    "dense_update_weights",
+    "device_name",
+    "dropout",
+    "dropout_key",
+    "lstm_backward",
+    "lstm_forward",
+    "maxpool2x2_backward",
+    "maxpool2x2_forward",
+    "relu_backward",
+    "relu_forward",
+    "require",
+    "settings",
+    "sgd_update",
+    "softmax",
+    "synchronise",
+]

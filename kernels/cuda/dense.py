@@ -1,0 +1,101 @@
+"""Dense layers on the GPU, and the SGD step.
+
+Each product is one call of `kernels.cuda.matmul`, which says how it is computed and what its floors are.
+"""
+
+import numpy as np
+
+from kernels.cuda.device import (
+    SIMULATED,
+    Array,
+    F,
+    Flat,
+    I,
+    R,
+    blocks_for,
+    check,
+    cuda,
+    empty,
+    float32,
+    kernel,
+    multiprocessors,
+)
+from kernels.cuda.matmul import BIAS, PLAIN, TURNED_A, TURNED_B, UPDATE, add_parts, product, whole
+
+# Columns side by side and rows at a time of a block that adds up columns.
+ACROSS, DOWN = (2, 2) if SIMULATED else (32, 8)
+SUM_THREADS = ACROSS * DOWN
+
+
+@kernel((F, F, I, I, I), SUM_THREADS)
+def _sum_rows(x: Flat, parts: Flat, rows: int, columns: int, part: int) -> None:
+    """The sum of rows y*part to (y+1)*part of x, behind y*columns: ACROSS columns in a block, DOWN rows at a time."""
+    collected = cuda.shared.array(SUM_THREADS, float32)
+    t = cuda.threadIdx.x & (SUM_THREADS - 1)
+    j = cuda.blockIdx.x * ACROSS + t % ACROSS
+    first = cuda.blockIdx.y * part
+    total = float32(0)
+    if j < columns:
+        for r in range(first + t // ACROSS, min(rows, first + part), DOWN):
+            total += x[r * columns + j]
+    collected[t] = total
+    cuda.syncthreads()
+    if t < ACROSS and j < columns:
+        for other in range(1, DOWN):
+            total += collected[other * ACROSS + t]
+        parts[cuda.blockIdx.y * columns + j] = total
+
+
+@kernel((F, F, F, I, R, R))
+def _sgd(w: Flat, v: Flat, dw: Flat, n: int, lr: float, momentum: float) -> None:
+    for e in range(cuda.grid(1), n, cuda.gridsize(1)):
+        change = momentum * v[e] - lr * dw[e]
+        v[e] = change
+        w[e] += change
+
+
+def dense_forward(x: Array, w: Array, b: Array) -> Array:
+    """See `kernels.reference.dense_forward`."""
+    N, I, J = *x.shape, w.shape[1]
+    check(x=(x, (N, I), np.float32), w=(w, (I, J), np.float32), b=(b, (J,), np.float32))
+    return product(whole(x), whole(w), N, J, I, PLAIN, BIAS, extra=b)
+
+
+def dense_backward_input(dy: Array, w: Array) -> Array:
+    """See `kernels.reference.dense_backward_input`."""
+    N, I, J = dy.shape[0], *w.shape
+    check(dy=(dy, (N, J), np.float32), w=(w, (I, J), np.float32))
+    return product(whole(dy), whole(w), N, I, J, TURNED_B)
+
+
+def dense_backward_weights(x: Array, dy: Array) -> Array:
+    """See `kernels.reference.dense_backward_weights`."""
+    N, I, J = *x.shape, dy.shape[1]
+    check(x=(x, (N, I), np.float32), dy=(dy, (N, J), np.float32))
+    return product(whole(x), whole(dy), I, J, N, TURNED_A)
+
+
+def dense_backward_bias(dy: Array) -> Array:
+    """See `kernels.reference.dense_backward_bias`."""
+    N, J = dy.shape
+    check(dy=(dy, (N, J), np.float32))
+    strips = -(-J // ACROSS)
+    count = max(1, min(4 * multiprocessors() // strips, N // (4 * DOWN)))
+    part = -(-N // count)
+    parts, db = empty((count, J)), empty((J,))
+    _sum_rows((strips, count), dy.flat, parts.flat, N, J, part)
+    add_parts(parts, count, db)
+    return db
+
+
+def dense_update_weights(x: Array, dy: Array, w: Array, v: Array, lr: float, momentum: float) -> None:
+    """See `kernels.reference.dense_update_weights`."""
+    N, I, J = *x.shape, dy.shape[1]
+    check(x=(x, (N, I), np.float32), dy=(dy, (N, J), np.float32), w=(w, (I, J), np.float32), v=(v, (I, J), np.float32))
+    product(whole(x), whole(dy), I, J, N, TURNED_A, UPDATE, out=w, extra=v, lr=lr, momentum=momentum)
+
+
+def sgd_update(w: Array, v: Array, dw: Array, lr: float, momentum: float) -> None:
+    """See `kernels.reference.sgd_update`."""
+    check(w=(w, w.shape, np.float32), v=(v, w.shape, np.float32), dw=(dw, w.shape, np.float32))
+    _sgd(blocks_for(w.size), w.flat, v.flat, dw.flat, w.size, lr, momentum)

@@ -1,0 +1,126 @@
+"""Dropout and the softmax cross-entropy on the GPU.
+
+Dropout's floor is memory, 8 bytes per element. The loss is a handful of classes: one small block.
+"""
+
+import math
+
+import numpy as np
+
+from kernels import reference
+from kernels.cuda.device import (
+    SIMULATED,
+    Array,
+    F,
+    Flat,
+    I,
+    N,
+    R,
+    blocks_for,
+    check,
+    cuda,
+    empty,
+    float32,
+    helper,
+    kernel,
+)
+from kernels.reference import dropout_key
+
+__all__ = ["cross_entropy_backward", "cross_entropy_forward", "dropout", "dropout_key", "softmax"]
+
+LOSS_THREADS = 4 if SIMULATED else 128
+
+
+@helper
+def hash32(x: int) -> int:
+    """See `kernels.reference._hash32`; in 64-bit integers, whose products of 32-bit words cannot overflow."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+@kernel((F, F, I, I, I, I, R))
+def _dropout(x: Flat, y: Flat, n: int, key0: int, key1: int, threshold: int, scale: float) -> None:
+    for e in range(cuda.grid(1), n, cuda.gridsize(1)):
+        word = hash32((hash32((e & 0xFFFFFFFF) ^ key0) + key1) & 0xFFFFFFFF)
+        y[e] = x[e] * scale if word >= threshold else float32(0)
+
+
+@helper
+def softmax_row(logits: Flat, p: Flat, at: int, K: int) -> float:
+    """p of the row that begins at `at`; returns the logarithm of the sum, the largest logit included."""
+    largest = logits[at]
+    for k in range(1, K):
+        largest = max(largest, logits[at + k])
+    total = float32(0)
+    for k in range(K):
+        total += math.exp(logits[at + k] - largest)
+    for k in range(K):
+        p[at + k] = math.exp(logits[at + k] - largest) / total
+    return largest + math.log(total)
+
+
+@kernel((F, F, I, I))
+def _softmax(logits: Flat, p: Flat, B: int, K: int) -> None:
+    for n in range(cuda.grid(1), B, cuda.gridsize(1)):
+        softmax_row(logits, p, n * K, K)
+
+
+@kernel((F, N, F, F, I, I), LOSS_THREADS)
+def _cross_entropy(logits: Flat, targets: Flat, p: Flat, loss: Flat, B: int, K: int) -> None:
+    """One block: every thread takes every LOSS_THREADS-th row, and the first adds up what they have."""
+    collected = cuda.shared.array(LOSS_THREADS, float32)
+    t = cuda.threadIdx.x
+    mine = float32(0)
+    for n in range(t, B, LOSS_THREADS):
+        mine += softmax_row(logits, p, n * K, K) - logits[n * K + targets[n]]
+    collected[t] = mine
+    cuda.syncthreads()
+    if t == 0:
+        total = float32(0)
+        for other in range(LOSS_THREADS):
+            total += collected[other]
+        loss[0] = total / float32(B)
+
+
+@kernel((F, N, F, I, I))
+def _cross_entropy_backward(p: Flat, targets: Flat, dlogits: Flat, B: int, K: int) -> None:
+    for e in range(cuda.grid(1), B * K, cuda.gridsize(1)):
+        wanted = float32(1) if e % K == targets[e // K] else float32(0)
+        dlogits[e] = (p[e] - wanted) / float32(B)
+
+
+def dropout(x: Array, rate: float, key: tuple[int, int]) -> Array:
+    """See `kernels.reference.dropout`."""
+    check(x=(x, x.shape, np.float32))
+    y = empty(x.shape)
+    threshold = reference.dropout_threshold(rate)
+    _dropout(blocks_for(x.size), x.flat, y.flat, x.size, key[0], key[1], threshold, 1 / (1 - rate))
+    return y
+
+
+def softmax(logits: Array) -> Array:
+    """See `kernels.reference.softmax`."""
+    B, K = logits.shape
+    check(logits=(logits, (B, K), np.float32))
+    p = empty((B, K))
+    _softmax(blocks_for(B), logits.flat, p.flat, B, K)
+    return p
+
+
+def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, Array]:
+    """See `kernels.reference.cross_entropy_forward`; the loss stays on the device: `float` waits for it."""
+    B, K = logits.shape
+    check(logits=(logits, (B, K), np.float32), targets=(targets, (B,), np.int32))
+    loss, p = empty(()), empty((B, K))
+    _cross_entropy(1, logits.flat, targets.flat, p.flat, loss.flat, B, K)
+    return loss, p
+
+
+def cross_entropy_backward(p: Array, targets: Array) -> Array:
+    """See `kernels.reference.cross_entropy_backward`."""
+    B, K = p.shape
+    check(p=(p, (B, K), np.float32), targets=(targets, (B,), np.int32))
+    dlogits = empty((B, K))
+    _cross_entropy_backward(blocks_for(B * K), p.flat, targets.flat, dlogits.flat, B, K)
+    return dlogits

@@ -1,0 +1,288 @@
+"""The LSTM recurrence on the GPU, in one launch per sequence or one product per step.
+
+Every step needs all of wh, and no step can begin before the last is over, so what counts is where wh lies.
+
+Up to SEQUENCE_UNITS hidden units, one block of 4H threads walks one sequence from the first step to the last, and wh
+stays on the chip: forward, a thread owns one gate of one unit and its column of wh; backward, one unit and a quarter of
+its row. Of these H weights REGISTER_ROWS are in registers, as many more as fit in shared memory, and the rest, if
+there is any, is read again every step. Blocks have nothing to wait for but their own threads.
+
+Wider layers (H = 1024: wh takes 16 MB) are few steps of large products: `kernels.cuda.matmul` computes h_{t-1} wh in
+parts, and one kernel adds these and goes through gates and cell.
+
+Floors: 8*B*T*H*H operations forward, the same backward; wide layers read wh, 16*H*H bytes, once per step.
+"""
+
+import math
+
+import numpy as np
+
+from kernels.cuda.device import (
+    ALIGN,
+    SIMULATED,
+    Array,
+    F,
+    Flat,
+    I,
+    blocks_for,
+    check,
+    cuda,
+    empty,
+    float32,
+    helper,
+    kernel,
+    load4,
+)
+from kernels.cuda.matmul import PLAIN, TURNED_B, Operand, product_parts, whole
+
+SEQUENCE_UNITS, REGISTER_ROWS = (4, 4) if SIMULATED else (128, 32)
+SEQUENCE_THREADS = 4 * SEQUENCE_UNITS
+
+
+@helper
+def sigmoid(x: float) -> float:
+    """1 / (1 + exp(-x)), written with tanh so that nothing overflows."""
+    return float32(0.5) + float32(0.5) * math.tanh(float32(0.5) * x)
+
+
+# --- a whole sequence in a block ---------------------------------------------------------------------------------
+#
+# Shared memory, in floats: the vector that is multiplied, 4 * `pitch` of them (forward: h, `pitch` long, the rest for
+# the gates; backward: dz, `pitch` for each gate), then 4H partial sums, then `kept` rows of weights, 4H each.
+
+
+@helper
+def dot(values: Flat, at: int, mine: Flat, kept_at: int, kept: int, wh: Flat, w_at: int, w_step: int, H: int) -> float:
+    """The sum over i < H of values[at + i] times this thread's i-th weight, which lies in one of three places.
+
+    values, padded with zeros, and the kept weights (at kept_at, 4H apart) are in shared memory, `mine` in registers.
+    """
+    s0, s1, s2, s3 = float32(0), float32(0), float32(0), float32(0)
+    for i in range(0, REGISTER_ROWS, 4):
+        v0, v1, v2, v3 = load4(values, at + i)
+        s0 += v0 * mine[i]
+        s1 += v1 * mine[i + 1]
+        s2 += v2 * mine[i + 2]
+        s3 += v3 * mine[i + 3]
+    for i in range(0, kept, 4):
+        v0, v1, v2, v3 = load4(values, at + REGISTER_ROWS + i)
+        place = kept_at + i * 4 * H
+        s0 += v0 * values[place]
+        s1 += v1 * values[place + 4 * H]
+        s2 += v2 * values[place + 8 * H]
+        s3 += v3 * values[place + 12 * H]
+    for i in range(REGISTER_ROWS + kept, H):
+        s0 += values[at + i] * wh[w_at + i * w_step]
+    return (s0 + s1) + (s2 + s3)
+
+
+@helper
+def take_weights(wh: Flat, w_at: int, w_step: int, H: int, mine: Flat, shared: Flat, kept_at: int, kept: int) -> None:
+    """Bring this thread's weights to where `dot` looks for them; zeros behind the last."""
+    for i in range(REGISTER_ROWS):
+        mine[i] = float32(0)
+        if i < H:
+            mine[i] = wh[w_at + i * w_step]
+    for i in range(kept):
+        weight = float32(0)
+        if REGISTER_ROWS + i < H:
+            weight = wh[w_at + (REGISTER_ROWS + i) * w_step]
+        shared[kept_at + i * 4 * H] = weight
+
+
+@kernel((F, F, F, F, F, I, I, I, I), SEQUENCE_THREADS)
+def _lstm_sequence(z: Flat, wh: Flat, h: Flat, c: Flat, gates: Flat, T: int, H: int, pitch: int, kept: int) -> None:
+    """`lstm_forward` of sequence blockIdx.x by 4H threads; pitch: H and what `dot` reads behind it."""
+    shared = cuda.shared.array(0, float32, ALIGN)
+    mine = cuda.local.array(REGISTER_ROWS, float32)
+    t = cuda.threadIdx.x & 1023
+    n = cuda.blockIdx.x
+    activated, kept_at = 4 * pitch, 4 * pitch + 4 * H + t
+    take_weights(wh, t, 4 * H, H, mine, shared, kept_at, kept)
+    for i in range(t, pitch, 4 * H):
+        shared[i] = float32(0)  # h_{-1}, and the padding
+    is_candidate = t // H == 2
+    cell = float32(0)
+    ahead = z[n * T * 4 * H + t]
+    cuda.syncthreads()
+    for s in range(T):
+        total = ahead
+        if s + 1 < T:
+            ahead = z[(n * T + s + 1) * 4 * H + t]  # on its way while this step is computed
+        total += dot(shared, 0, mine, kept_at, kept, wh, t, 4 * H, H)
+        gate = math.tanh(total) if is_candidate else sigmoid(total)
+        shared[activated + t] = gate
+        gates[(n * T + s) * 4 * H + t] = gate
+        cuda.syncthreads()
+        if t < H:
+            at = activated + t
+            cell = shared[at + H] * cell + shared[at] * shared[at + 2 * H]
+            out = shared[at + 3 * H] * math.tanh(cell)
+            shared[t] = out
+            h[(n * T + s) * H + t] = out
+            c[(n * T + s) * H + t] = cell
+        cuda.syncthreads()
+
+
+@kernel((F, F, F, F, F, I, I, I, I), SEQUENCE_THREADS)
+def _lstm_sequence_backward(
+    dh: Flat, gates: Flat, c: Flat, wh: Flat, dz: Flat, T: int, H: int, pitch: int, kept: int
+) -> None:
+    """`lstm_backward` of sequence blockIdx.x by 4H threads: thread t has unit t % H and the weights of gate t // H."""
+    shared = cuda.shared.array(0, float32, ALIGN)
+    mine = cuda.local.array(REGISTER_ROWS, float32)
+    t = cuda.threadIdx.x & 1023
+    n, unit, quarter = cuda.blockIdx.x, t % H, t // H
+    sums, kept_at = 4 * pitch, 4 * pitch + 4 * H + t
+    w_at = unit * 4 * H + quarter * H
+    take_weights(wh, w_at, 1, H, mine, shared, kept_at, kept)
+    for i in range(t, 4 * pitch, 4 * H):
+        shared[i] = float32(0)
+    shared[sums + t] = float32(0)  # nothing comes back to the last step
+    dcell = float32(0)
+    dh_s, i_s, f_s, g_s, o_s, cell = float32(0), float32(0), float32(0), float32(0), float32(0), float32(0)
+    if t < H:  # the last step's numbers; those of every other step are fetched while the one after it is computed
+        at = n * T + T - 1
+        dh_s, cell = dh[at * H + t], c[at * H + t]
+        i_s, f_s = gates[at * 4 * H + t], gates[at * 4 * H + H + t]
+        g_s, o_s = gates[at * 4 * H + 2 * H + t], gates[at * 4 * H + 3 * H + t]
+    cuda.syncthreads()
+    for back in range(T):
+        s = T - 1 - back
+        at = n * T + s
+        if t < H:
+            before = float32(0)
+            if s > 0:
+                before = c[(at - 1) * H + t]
+            tanh_c = math.tanh(cell)
+            dh_t = dh_s + (
+                (shared[sums + t] + shared[sums + H + t]) + (shared[sums + 2 * H + t] + shared[sums + 3 * H + t])
+            )
+            dcell += dh_t * o_s * (float32(1) - tanh_c * tanh_c)
+            di = dcell * g_s * i_s * (float32(1) - i_s)
+            df = dcell * before * f_s * (float32(1) - f_s)
+            dg = dcell * i_s * (float32(1) - g_s * g_s)
+            do = dh_t * tanh_c * o_s * (float32(1) - o_s)
+            shared[t], shared[pitch + t], shared[2 * pitch + t], shared[3 * pitch + t] = di, df, dg, do
+            dz[at * 4 * H + t], dz[at * 4 * H + H + t] = di, df
+            dz[at * 4 * H + 2 * H + t], dz[at * 4 * H + 3 * H + t] = dg, do
+            dcell *= f_s
+            cell = before
+            if s > 0:
+                dh_s = dh[(at - 1) * H + t]
+                i_s, f_s = gates[(at - 1) * 4 * H + t], gates[(at - 1) * 4 * H + H + t]
+                g_s, o_s = gates[(at - 1) * 4 * H + 2 * H + t], gates[(at - 1) * 4 * H + 3 * H + t]
+        cuda.syncthreads()
+        shared[sums + t] = dot(shared, quarter * pitch, mine, kept_at, kept, wh, w_at, 1, H)
+        cuda.syncthreads()
+
+
+def _sequence_memory(run: object, H: int) -> tuple[int, int, int]:
+    """(pitch, kept, bytes) of shared memory for H units: as many rows of weights as are granted."""
+    rows = max(0, H - REGISTER_ROWS)
+    rows += -rows % 4
+    pitch = REGISTER_ROWS + rows
+    least = 4 * (4 * pitch + 4 * H)
+    granted = run.grant_shared(least + 16 * H * rows)  # type: ignore[attr-defined]
+    kept = (granted - least) // (16 * H) // 4 * 4
+    return pitch, kept, least + 16 * H * kept
+
+
+# --- a product per step ------------------------------------------------------------------------------------------
+
+
+@kernel((F, F, I, F, F, F, I, I, I, I))
+def _lstm_step(z: Flat, parts: Flat, count: int, h: Flat, c: Flat, gates: Flat, s: int, B: int, T: int, H: int) -> None:
+    """Step s from z and h_{s-1} wh, which is still in `count` parts (B, 4H)."""
+    for e in range(cuda.grid(1), B * H, cuda.gridsize(1)):
+        n, unit = e // H, e % H
+        row, at = n * 4 * H + unit, (n * T + s) * 4 * H + unit
+        i_s, f_s, g_s, o_s = z[at], z[at + H], z[at + 2 * H], z[at + 3 * H]
+        for p in range(count):
+            place = p * B * 4 * H + row
+            i_s += parts[place]
+            f_s += parts[place + H]
+            g_s += parts[place + 2 * H]
+            o_s += parts[place + 3 * H]
+        i_s, f_s, g_s, o_s = sigmoid(i_s), sigmoid(f_s), math.tanh(g_s), sigmoid(o_s)
+        cell = i_s * g_s
+        if s > 0:
+            cell += f_s * c[(n * T + s - 1) * H + unit]
+        c[(n * T + s) * H + unit] = cell
+        h[(n * T + s) * H + unit] = o_s * math.tanh(cell)
+        gates[at], gates[at + H], gates[at + 2 * H], gates[at + 3 * H] = i_s, f_s, g_s, o_s
+
+
+@kernel((F, F, I, F, F, F, F, I, I, I, I))
+def _lstm_step_backward(
+    dh: Flat, parts: Flat, count: int, gates: Flat, c: Flat, dcells: Flat, dz: Flat, s: int, B: int, T: int, H: int
+) -> None:
+    """dz of step s from dh and dz_{s+1} wh^T, which is still in `count` parts (B, H); dcells (B, H) goes along."""
+    for e in range(cuda.grid(1), B * H, cuda.gridsize(1)):
+        n, unit = e // H, e % H
+        row, at = (n * T + s) * H + unit, (n * T + s) * 4 * H + unit
+        dh_t, dcell, before = dh[row], float32(0), float32(0)
+        for p in range(count):
+            dh_t += parts[p * B * H + e]
+        if s < T - 1:
+            dcell = dcells[e]
+        if s > 0:
+            before = c[row - H]
+        i_s, f_s, g_s, o_s = gates[at], gates[at + H], gates[at + 2 * H], gates[at + 3 * H]
+        tanh_c = math.tanh(c[row])
+        dcell += dh_t * o_s * (float32(1) - tanh_c * tanh_c)
+        dz[at] = dcell * g_s * i_s * (float32(1) - i_s)
+        dz[at + H] = dcell * before * f_s * (float32(1) - f_s)
+        dz[at + 2 * H] = dcell * i_s * (float32(1) - g_s * g_s)
+        dz[at + 3 * H] = dh_t * tanh_c * o_s * (float32(1) - o_s)
+        dcells[e] = dcell * f_s
+
+
+# --- the operations ----------------------------------------------------------------------------------------------
+
+
+def lstm_forward(z: Array, wh: Array) -> tuple[Array, Array, Array]:
+    """See `kernels.reference.lstm_forward`."""
+    (B, T), H = z.shape[:2], wh.shape[0]
+    check(z=(z, (B, T, 4 * H), np.float32), wh=(wh, (H, 4 * H), np.float32))
+    h, c, gates = empty((B, T, H)), empty((B, T, H)), empty(z.shape)
+    if H <= SEQUENCE_UNITS:
+        pitch, kept, size = _sequence_memory(_lstm_sequence, H)
+        _lstm_sequence(
+            B, z.flat, wh.flat, h.flat, c.flat, gates.flat, T, H, pitch, kept, shared=size, threads=4 * H
+        )  # fmt: skip
+        return h, c, gates
+    parts, count = z, 0
+    for s in range(T):
+        if s > 0:
+            before = Operand(h, (s - 1) * H, T * H)
+            parts, count = product_parts(before, whole(wh), B, 4 * H, H, PLAIN)
+        _lstm_step(blocks_for(B * H), z.flat, parts.flat, count, h.flat, c.flat, gates.flat, s, B, T, H)
+    return h, c, gates
+
+
+def lstm_backward(dh: Array, gates: Array, c: Array, wh: Array) -> Array:
+    """See `kernels.reference.lstm_backward`."""
+    B, T, H = dh.shape
+    check(
+        dh=(dh, (B, T, H), np.float32),
+        gates=(gates, (B, T, 4 * H), np.float32),
+        c=(c, (B, T, H), np.float32),
+        wh=(wh, (H, 4 * H), np.float32),
+    )
+    dz = empty(gates.shape)
+    if H <= SEQUENCE_UNITS:
+        pitch, kept, size = _sequence_memory(_lstm_sequence_backward, H)
+        _lstm_sequence_backward(
+            B, dh.flat, gates.flat, c.flat, wh.flat, dz.flat, T, H, pitch, kept, shared=size, threads=4 * H
+        )  # fmt: skip
+        return dz
+    dcells = empty((B, H))
+    parts, count = dcells, 0
+    for s in range(T - 1, -1, -1):
+        _lstm_step_backward(
+            blocks_for(B * H), dh.flat, parts.flat, count, gates.flat, c.flat, dcells.flat, dz.flat, s, B, T, H
+        )  # fmt: skip
+        if s > 0:
+            parts, count = product_parts(Operand(dz, s * 4 * H, T * 4 * H), whole(wh), B, H, 4 * H, TURNED_B)
+    return dz
