@@ -63,7 +63,7 @@ def test_folders_of_emotions(tmp_path, capsys):
 
 def test_demo(capsys):
     assert main(["demo", "--check"]) == 0
-    assert "280 recordings, 7 emotions, 10 speakers" in capsys.readouterr().out
+    assert "420 recordings, 7 emotions, 10 speakers" in capsys.readouterr().out
 
 
 def test_no_corpus(tmp_path):
