@@ -1,6 +1,6 @@
 """Measurements: how fast the kernels are beside others (`python -m bench`), and how settings were chosen.
 
-    python -m bench [kernels|train|infer|all] [--quick] [--json FILE] [--threads N]
+    python -m bench [kernels|train|infer|all] [--quick] [--rows TEXT] [--without NAME] [--json FILE] [--threads N]
 
 `kernels` times every operation, forward and backward, `train` one training step of each network and the peak memory of
 a fresh process, `infer` a batch of windows and whole utterances from samples to label; `all`, the default, all of that

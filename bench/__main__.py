@@ -20,22 +20,34 @@ PACKAGES = ("torch", "jax", "onnxruntime")
 
 
 def parser() -> Parser:
+    from bench.peers import CANDIDATES, OURS
+
+    peers = [candidate.name for candidate in CANDIDATES if candidate != OURS]
     p = Parser(prog="python -m bench", description="How fast the kernels are, beside PyTorch, JAX and ONNX Runtime.")
     p.add_argument("section", nargs="?", choices=SECTIONS, default="all", help="what to time (default: all)")
     p.add_argument("--quick", action="store_true", help="about a minute: a few rows at batch 32, few rounds")
+    p.add_argument("--rows", metavar="TEXT", default="", help="only the rows whose title holds TEXT, such as 'B 32'")
+    p.add_argument(
+        "--without",
+        metavar="NAME",
+        action="append",
+        default=[],
+        choices=peers,
+        help=f"leave out a candidate; may be repeated: {', '.join(peers)}",
+    )
     p.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured to FILE, too")
     p.add_argument("--threads", type=whole(1), metavar="N", help="threads of every candidate (default: all cores)")
     return p
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    # This process only waits, and reads recordings before the clock runs: NumPy needs no threads of its own here.
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
     threads = _threads(options.threads)
     if options.json:
         _check_writable(options.json)
-    # This process only waits, and reads recordings before the clock runs: NumPy needs no threads of its own here.
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
     from bench.race import Failed
 
@@ -119,12 +131,11 @@ class Run:
         return SECTIONS[:-1] if self.options.section == "all" else (self.options.section,)
 
     def everything(self, folder: Path) -> None:
-        from bench import suites
-        from bench.peers import CANDIDATES
+        from bench import peers
 
         self.introduce()
-        wanted = {c for section in self.sections for c in suites.candidates(section, self.options.quick)}
-        for candidate in CANDIDATES:
+        wanted = {c for section in self.sections for c in self._candidates(section)}
+        for candidate in peers.CANDIDATES:
             if candidate in wanted:
                 missing = candidate.missing()
                 state = f"absent: {', '.join(missing)} not installed (pip install 'npser[bench]')" if missing else ""
@@ -133,13 +144,19 @@ class Run:
                     self.absent[candidate.name] = state
         print("times in ms; the columns are explained in bench/__init__.py\n", flush=True)
 
-        work = {section: list(self._workloads(section, folder)) for section in self.sections}
+        work = {
+            section: [w for w in self._workloads(section, folder) if self.options.rows in w.title]
+            for section in self.sections
+        }
+        if not any(work.values()):
+            raise UserError(f"--rows {self.options.rows}: no row has that in its title")
         grown = list(self._growth(folder)) if self.options.section == "all" and not self.options.quick else []
         self.progress = Progress(self.peaks["flops"])
         self.progress.expect(w.operations for workloads in work.values() for w in workloads)
         self.progress.expect(w.operations for _, _, w, _ in grown)
         for section, workloads in work.items():
-            self.time_section(section, workloads, folder)
+            if workloads:
+                self.time_section(section, workloads, folder)
             if section == "train" and not self.options.quick:
                 self.measure_memory()
         if grown:
@@ -174,6 +191,11 @@ class Run:
         finally:
             worker.close()
 
+    def _candidates(self, section: str) -> list[Any]:
+        from bench import suites
+
+        return [c for c in suites.candidates(section, self.options.quick) if c.name not in self.options.without]
+
     def _workloads(self, section: str, folder: Path) -> Iterable[Any]:
         from bench import suites, workloads
 
@@ -201,11 +223,10 @@ class Run:
                 yield f"{workload.title}, against threads", str(threads), workload, threads
 
     def time_section(self, section: str, workloads: Sequence[Any], folder: Path) -> None:
-        from bench import suites
         from bench.race import Race
         from bench.tables import Table
 
-        columns = [c for c in suites.candidates(section, self.options.quick) if not c.missing()]
+        columns = [c for c in self._candidates(section) if not c.missing()]
         table = Table(columns, self.peaks)
         print(table.head(section), flush=True)
         with Race(columns, self.threads, self._pace(), folder) as race:
@@ -225,11 +246,11 @@ class Run:
         from bench.tables import memory_line
 
         print("peak memory of a fresh process, MB")
-        for workload in suites.memory():
+        for workload in (w for w in suites.memory() if self.options.rows in w.title):
             megabytes: dict[str, float | None] = {}
             troubles = {}
             for candidate in suites.MEMORY:
-                if candidate.missing():
+                if candidate.missing() or candidate.name in self.options.without:
                     continue
                 try:
                     megabytes[candidate.name] = peak_memory(candidate, workload, self.threads) / 1e6

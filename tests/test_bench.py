@@ -17,6 +17,7 @@ from bench import machine, race, suites, tables, worker, workloads
 from bench.peers import CANDIDATES, JAX, ONNX, OURS, TORCH, TORCH_COMPILE, TORCH_LOOP, TORCH_NHWC, Prepared
 from bench.race import Pace, Race, Row, Worker, interleave
 from bench.workloads import Workload
+from npser.errors import UserError
 from npser.models import ARCHITECTURES, build_model, parameter_count
 
 TINY = {"filters": 4, "hidden": 8, "bins": 16}
@@ -368,6 +369,18 @@ def test_table_and_json(small_command, tmp_path, capsys):
         assert len(ours["rounds"]) == 3
         assert min(ours["rounds"]) <= ours["quartiles"][0] <= ours["median"] <= ours["quartiles"][1]
         assert ours["difference"] <= 1e-4
+
+
+def test_rows_and_candidates_can_be_left_out(small_command, monkeypatch, capsys):
+    assert small_command("--rows", "dense") == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if " %" in line] == ["dense"]
+    with pytest.raises(UserError, match="--rows sparse: no row"):
+        small_command("--rows", "sparse")
+    monkeypatch.setitem(suites.COLUMNS, "kernels", (OURS, JAX))
+    assert small_command("--rows", "dense", "--without", "jax") == 0
+    assert "jax" not in capsys.readouterr().out.split("times in ms")[1]
+    with pytest.raises(SystemExit):
+        small_command("--without", "npser")  # without us there is nothing to compare
 
 
 def test_all_sections_and_growth(small_command, monkeypatch, tmp_path, capsys):
