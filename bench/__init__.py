@@ -18,7 +18,7 @@ How it measures:
 - Each framework is given its best form that we know of: PyTorch its fused SGD beside the plain loop, JAX a max-pooling
   whose backward pass is faster than the customary one and its fastest random generator. Weights stand in its own
   order before the clock runs.
-- A round runs every candidate in turn, each for some time and at least once; the next round begins with another one.
+- A round runs every candidate in turn, once untimed and then for some time; the next round begins with another one.
   A candidate's time is the median over the rounds of its median in each.
 - `ratio` is the time of the fastest peer over ours: above 1 we are faster. In brackets the quartiles of the ratios of
   the single rounds.

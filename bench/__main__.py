@@ -245,8 +245,10 @@ class Run:
         from bench.race import Failed, peak_memory
         from bench.tables import memory_line
 
-        print("peak memory of a fresh process, MB")
-        for workload in (w for w in suites.memory() if self.options.rows in w.title):
+        rows = [workload for workload in suites.memory() if self.options.rows in workload.title]
+        if rows:
+            print("peak memory of a fresh process, MB")
+        for workload in rows:
             megabytes: dict[str, float | None] = {}
             troubles = {}
             for candidate in suites.MEMORY:

@@ -6,7 +6,7 @@ Requests come on standard input, one reply each goes to standard output:
         -> {"offered": false}, or {"error": .., "where": ..}: how far the result is from the reference; the reference
            candidate itself writes that file instead
     {"do": "begin"}              make what is timed and run it once     -> {"seconds": ..} of a second repetition
-    {"do": "run", "seconds": ..} repeat for so long, at least once      -> {"times": [..]}
+    {"do": "run", "seconds": ..} once, then repeat for so long          -> {"times": [..]} but for the first
     {"do": "rest"}               give back what is prepared              -> {}
     {"do": "remember"}           the largest memory of this process     -> {"bytes": ..}
     {"do": "peaks"}              what the machine can do                -> {"flops": .., "read": .., "update": ..}
@@ -76,12 +76,10 @@ class Bench:
         return {"seconds": self._timed()}
 
     def run(self, seconds: float) -> dict[str, Any]:
-        assert self.call is not None
+        self._timed()  # not counted: it finds the caches, and maybe the memory, full of other candidates' data
         times = [self._timed()]
-        if times[0] < seconds:
-            times.clear()  # the first repetition found the caches full of other candidates' data
-            while sum(times) < seconds:
-                times.append(self._timed())
+        while sum(times) < seconds:
+            times.append(self._timed())
         return {"times": times}
 
     def _timed(self) -> float:
