@@ -89,7 +89,7 @@ numbers = st.builds(
 )
 images = st.tuples(
     st.integers(1, 3),  # B
-    st.integers(1, 9),  # T
+    st.one_of(st.integers(1, 9), st.integers(4 * conv.BAND, 4 * conv.BAND + 3)),  # T: within a strip, or more than two
     st.one_of(st.integers(1, 9), st.integers(30, 40)),  # F
     st.one_of(st.just(1), st.integers(1, 12), st.integers(13, 40)),  # C: both sides of LANES
     st.integers(1, 40),  # O

@@ -12,7 +12,7 @@ from npser.optim import SGD, Gradients
 from npser.progress import Progress, duration
 from npser.runfolder import EpochResult
 from npser.synthetic import demo_corpus
-from npser.trainer import Task, steps_per_epoch, vote
+from npser.trainer import Task, steps_per_epoch, train_epochs, vote
 
 FLAT = Standardisation(np.zeros(128, np.float32), np.ones(128, np.float32))
 
@@ -40,6 +40,29 @@ def test_epoch_holds_every_window_and_as_many_of_each_class():
     assert np.bincount(targets[chosen]).tolist() == [5, 5, 5]
     assert set(chosen.tolist()) == set(range(8))
     assert steps_per_epoch(targets, 4) == 4  # 15 windows in batches of 4
+
+
+def test_an_epoch_reports_the_mean_loss_and_accuracy_of_its_windows(monkeypatch):
+    model = build_model("lstm", hidden=4, classes=3, seed=1)
+    rng = np.random.default_rng(0)
+    frames = [rng.normal(size=(len(utterance(n)), 128)).astype(np.float32) for n in (4, 5, 2)]
+    windows = WindowSet(frames, FLAT, 128, 8)
+    seen, train_batch = [], model.train_batch
+
+    def watched(x, y, sgd):
+        loss, p = train_batch(x, y, sgd)
+        seen.append((loss * len(y), (p.argmax(axis=1) == y).sum(), len(y)))
+        return loss, p
+
+    monkeypatch.setattr(model, "train_batch", watched)
+    task = Task(windows, np.array([0, 1, 2])[windows.owner], (0, 0, 0), epochs=1, batch_size=4)
+    progress = Progress(total=4, stream=io.StringIO())
+    progress.begin_fold("fold 0.0", 4)
+    (result,) = train_epochs(model, SGD(), task, progress)
+    loss, right, count = np.sum(seen, axis=0)
+    assert count == 15
+    assert 0 < right < count
+    np.testing.assert_allclose([result.loss, result.accuracy], [loss / count, right / count])
 
 
 def test_no_test_utterance_is_in_training():
