@@ -15,9 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from npser.audio import AUDIO_SUFFIXES
-from npser.audio import SAMPLE_RATE as SAMPLE_RATE
-from npser.audio import read_audio as read_audio
+from npser.audio import AUDIO_SUFFIXES, read_audio
 from npser.errors import UserError
 from npser.layouts import recognise
 

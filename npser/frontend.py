@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 import kernels
 from npser import features, synthetic
-from npser.corpus import SAMPLE_RATE, Corpus, user_cache
+from npser.audio import SAMPLE_RATE
+from npser.corpus import Corpus, user_cache
 
 
 def read_frames(corpus: Corpus, backend: str, threads: int = 1) -> list[NDArray[np.float32]]:

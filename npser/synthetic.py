@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from npser.audio import SAMPLE_RATE
 from npser.cli import Parser, run
-from npser.corpus import PAPER_LABELS, SAMPLE_RATE, Corpus, Utterance
+from npser.corpus import PAPER_LABELS, Corpus, Utterance
 from npser.errors import UserError
 
 Floats = NDArray[np.float64]

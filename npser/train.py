@@ -264,7 +264,7 @@ def settings_of(config: Mapping[str, Any]) -> "Settings":
 
 def _introduce(config: dict[str, Any], corpus: "Corpus", frames: "Frames", plan: str) -> None:
     """The first lines: what will be run, and on what."""
-    from npser.corpus import SAMPLE_RATE
+    from npser.audio import SAMPLE_RATE
     from npser.features import HOP
     from npser.models import parameter_count
 

@@ -13,7 +13,8 @@ import pytest
 import soundfile
 from conftest import ROOT
 
-from npser.corpus import PAPER_LABELS, SAMPLE_RATE, cross_corpus, open_corpus, read_audio
+from npser.audio import SAMPLE_RATE, read_audio
+from npser.corpus import PAPER_LABELS, cross_corpus, open_corpus
 from npser.errors import UserError
 
 

@@ -10,7 +10,8 @@ import pytest
 import soundfile
 
 from npser import synthetic
-from npser.corpus import PAPER_LABELS, SAMPLE_RATE, open_corpus
+from npser.audio import SAMPLE_RATE
+from npser.corpus import PAPER_LABELS, open_corpus
 from npser.errors import UserError
 from npser.synthetic import demo_corpus, main
 

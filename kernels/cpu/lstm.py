@@ -80,7 +80,7 @@ def _pack_gates(wh: Array, packed: Array) -> None:
 def _forward(z: Array, wh: Array, zeros: Array, h: Array, c: Array, threads: int) -> None:
     """z (B, T, 4H), which becomes the gates, wh (H/LANES, H, 4, LANES), h, c (B, T, H), H a whole number of UNITS.
 
-    zeros stands for h_{-1} and c_{-1} of all sequences: B*T*H of them, because it is walked like h and c.
+    zeros (ROWS * T, H) stands for h_{-1} and c_{-1} of the sequences of a tile, and is walked like h and c.
     """
     B, T, H = h.shape
     share = -(-B // threads)
@@ -220,7 +220,7 @@ def lstm_forward(z: Array, wh: Array) -> tuple[Array, Array, Array]:
     packed = scratch(units // LANES, units, 4, LANES)
     _pack_gates(square, packed)
     h, c = np.empty((B, T, units), np.float32), np.empty((B, T, units), np.float32)
-    _forward(z, packed, np.zeros(B * T * units, np.float32), h, c, nb.get_num_threads())
+    _forward(z, packed, np.zeros((ROWS * T, units), np.float32), h, c, nb.get_num_threads())
     return np.ascontiguousarray(h[..., :H]), np.ascontiguousarray(c[..., :H]), _cut_gates(z, H, units)
 
 

@@ -13,9 +13,10 @@ block of the result and sums over k in one fixed order: the result does not depe
     matmul_transposed   a b^T      the larger operand is read where it lies, row by row; the smaller is packed
     matmul_update       a b        both packed; each tile of the product is an SGD step of the tile of w under it
 
-Floor: 2*M*K*N operations. The weights of a layer pass through memory once (4 bytes each; an update reads and writes
-them and their velocities, 16 bytes each), asked for ahead of their use, so that arithmetic hides them: with the first
-LSTM's 134 million weights and 128 rows, at 490 GFLOP/s and 50 GB/s, 70 ms for each product and 43 ms for the memory.
+Floor: 2*M*K*N operations. The weights of a layer pass through memory once: 4 bytes each, 16 where an update reads and
+writes them and their velocities. `matmul_transposed` and `matmul_update` ask for them ahead of their use, behind the
+arithmetic; `matmul` fetches a block, then multiplies it, so that its two floors add up but for what the other threads
+do meanwhile.
 """
 
 from typing import Any
