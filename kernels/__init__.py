@@ -17,7 +17,7 @@ Arrays are NumPy's, or the GPU's own: `kernels.arrays(k)` is the module that mak
 | rectifier                    | relu_forward(x)                   | relu_backward(dy, y)                          |
 | 2x2 max-pooling              | maxpool2x2_forward(x)             | maxpool2x2_backward(dy, argmax, x_shape)      |
 | the three, fused             | conv_relu_pool_forward(x, w, b)   | conv_relu_pool_backward(dy, argmax, x, w, ..) |
-| dense                        | dense_forward(x, w, b)            | dense_backward_input(dy, w),                  |
+| dense                        | dense_forward(x, w, b)            | dense_backward_input(dy, w, alive),           |
 |                              |                                   | dense_backward_weights(x, dy),                |
 |                              |                                   | dense_backward_bias(dy)                       |
 | dense, with the update fused |                                   | dense_update_weights(x, dy, w, v, ..)         |

@@ -8,6 +8,7 @@ module with these functions. Operations that only move numbers are here, because
 | into a rung and out of it    | asarray(values, dtype), asnumpy(x), zeros_like(x), assign(x, values)        |
 | windows of many utterances   | take_windows(frames, starts, length)                                        |
 | overlapping windows of one   | windows_forward(x, frames, hop, count), windows_backward(dy, total, hop)    |
+| rows of several samples      | take_rows(z, place), add_rows(dz, place, count)                             |
 | what a recurrence ends with  | last_step_forward(x), last_step_backward(dy, T)                             |
 | what it had a step before    | step_before(h)                                                              |
 | clipping                     | shortened(gradients, longest)                                               |
@@ -62,6 +63,19 @@ def windows_backward(dy: Array, total: int, hop: int) -> Array:
     for i in range(count):
         dx[:, hop * i : hop * i + frames] += dy[:, i]
     return dx
+
+
+def take_rows(z: Array, place: NDArray[Any]) -> Array:
+    """z (D, N), place (B, T) -> (B, T, N): the row that every step of every sample reads."""
+    return z[place]
+
+
+def add_rows(dz: Array, place: NDArray[Any], count: int) -> Array:
+    """dz (B*T, N), place (B, T) -> (count, N): to every row, in order, what the steps that read it send back."""
+    rows = np.zeros((count, dz.shape[1]), dz.dtype)
+    for row, gradient in zip(place.ravel(), dz, strict=True):
+        rows[row] += gradient
+    return rows
 
 
 def last_step_forward(x: Array) -> Array:

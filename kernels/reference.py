@@ -128,8 +128,12 @@ def dense_forward(x: Array, w: Array, b: Array) -> Array:
     return x @ w + b
 
 
-def dense_backward_input(dy: Array, w: Array) -> Array:
-    """dx = dy w^T.   dy (N, J), w (I, J) -> dx (N, I)."""
+def dense_backward_input(dy: Array, w: Array, alive: Array | None = None) -> Array:
+    """dx = dy w^T.   dy (N, J), w (I, J) -> dx (N, I).
+
+    Where `alive` (N, I) is 0, dx is not wanted, and a rung may leave 0 there: ReLU and dropout before this layer made
+    the zeros of its input, and will discard their gradient.
+    """
     return dy @ w.T
 
 

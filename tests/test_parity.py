@@ -10,11 +10,13 @@ import ctypes
 import inspect
 import mmap
 import os
+import pkgutil
 import re
 import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import numba as nb
@@ -25,8 +27,8 @@ from hypothesis import strategies as st
 
 import kernels
 from kernels import cpu, reference
-from kernels.cpu import conv, elementwise, lstm, tools
 from kernels.cpu import matmul as matmul_module
+from kernels.cpu import sparse, strips, winograd
 from kernels.cpu.matmul import BLOCK, COLUMNS, ROWS, matmul, matmul_transposed
 from kernels.reference import DEAD
 
@@ -89,7 +91,9 @@ numbers = st.builds(
 )
 images = st.tuples(
     st.integers(1, 3),  # B
-    st.one_of(st.integers(1, 9), st.integers(4 * conv.BAND, 4 * conv.BAND + 3)),  # T: within a strip, or more than two
+    st.one_of(
+        st.integers(1, 9), st.integers(4 * strips.BAND, 4 * strips.BAND + 3)
+    ),  # T: within a strip, or more than two
     st.one_of(st.integers(1, 9), st.integers(30, 40)),  # F
     st.one_of(st.just(1), st.integers(1, 12), st.integers(13, 40)),  # C: both sides of LANES
     st.integers(1, 40),  # O
@@ -310,6 +314,55 @@ def test_relu_and_maxpool_are_exact(make, sizes):
     )
 
 
+# --- Winograd's convolution ----------------------------------------------------------------------------------------
+
+
+@few_examples
+@given(numbers, images, st.integers(1, 3), magnitudes, magnitudes)
+def test_winograd(make, sizes, vectors, big_x, big_w):
+    """Its own bound: the largest number of the 4x4 patch counts for all of the cell's pixels, also beside a spike."""
+    B, T, F, _, O = sizes
+    if big_x * big_w > 1e38:
+        return
+    C = 16 * vectors
+    x, w, b = make(B, T, F, C, magnitude=big_x), make(3, 3, C, O, magnitude=big_w), make(O, magnitude=big_x * big_w)
+    x[:, T // 2, F // 2] *= np.float32(1000)
+    x = np.ascontiguousarray(x)
+    got = winograd.conv3x3_forward(x, np.ascontiguousarray(w), np.ascontiguousarray(b))
+    truth = reference.conv3x3_forward(*wide(x, w, b))
+    P, Q = -(-T // 2), -(-F // 2)
+    padded = np.pad(np.abs(x).max(-1), ((0, 0), (1, 2 * P - T + 1), (1, 2 * Q - F + 1)))
+    patches = np.lib.stride_tricks.sliding_window_view(padded, (4, 4), axis=(1, 2))[:, ::2, ::2].max((-2, -1))
+    largest = patches.repeat(2, 1).repeat(2, 2)[:, :T, :F, None].astype(np.float64)
+    assert_within(got, truth, largest * np.abs(w).sum((0, 1, 2), dtype=np.float64) + np.abs(b), tolerance=1e-6)
+
+
+def test_winograd_is_closer_to_the_truth_than_the_definition(monkeypatch):
+    make = Numbers(5)
+    x, w, b = make(2, 20, 20, 32), make(3, 3, 32, 32), make(32)
+    truth = reference.conv3x3_forward(*wide(x, w, b))
+    errors = {}
+    for choice in "01":
+        monkeypatch.setenv("NPSER_WINOGRAD", choice)
+        errors[choice] = cpu.conv3x3_forward(x, w, b) - truth
+    assert 0 < np.square(errors["1"]).mean() < np.square(errors["0"]).mean()
+    assert np.abs(errors["1"]).max() < np.abs(errors["0"]).max()
+
+
+@pytest.mark.parametrize("O", [7, 32])
+def test_the_direct_kernels_stay_right(monkeypatch, O):
+    """Where Winograd's would be taken: whole vectors of channels."""
+    monkeypatch.setenv("NPSER_WINOGRAD", "0")
+    make = Numbers(6)
+    x, w, b = make(2, 11, 14, 32), make(3, 3, 32, O), make(O)
+    behind = reference.conv3x3_forward(*absolute(x, w, b))
+    assert_within(cpu.conv3x3_forward(x, w, b), reference.conv3x3_forward(*wide(x, w, b)), behind)
+    y, argmax = cpu.conv_relu_pool_forward(x, w, b)
+    truth, places = reference.conv_relu_pool_forward(*wide(x, w, b))
+    np.testing.assert_allclose(y, truth, atol=1e-4)
+    np.testing.assert_array_equal(argmax, places)
+
+
 # --- dense -------------------------------------------------------------------------------------------------------
 
 # 1, just below and above a tile, around a cache block, and more than one block
@@ -347,6 +400,53 @@ def test_matmul(make, M, K, N, turn_a):
     assert_within(matmul(a, b, bias), a_ @ b_ + bias_, abs_a @ abs_b + abs_bias)
     a, b_t = np.ascontiguousarray(a), np.ascontiguousarray(b.T)
     assert_within(matmul_transposed(a, b_t), a_ @ b_, abs_a @ abs_b)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("M", [1, 2, 3, 4])
+def test_a_few_rows(M, bias):
+    """Their product, for which b is not packed, has the bits of the same rows among many."""
+    make = Numbers(M)
+    a, b, c = make(9, 1024), make(1024, 272), make(272) if bias else None
+    assert b.size >= 1 << 18
+    np.testing.assert_array_equal(matmul(a[:M], b, c), matmul(a, b, c)[:M])
+
+
+listed_lengths = st.sampled_from([1, 2, sparse.DEPTH - 1, sparse.DEPTH + 1, sparse.WIDTH, sparse.WIDTH + 1, 700])
+
+
+@few_examples
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.3, 0.7, 1.0]), *3 * [listed_lengths])
+def test_products_from_lists(seed, zeros, M, K, N):
+    """Forward and update are the dense products' own bits; the input's gradient is right where it is wanted."""
+    make, some = Numbers(seed), Numbers(seed + 1, zeros=zeros)
+    x, w, b, dy = some(M, K), make(K, N), make(N), make(M, N)
+    np.testing.assert_array_equal(sparse.matmul(x, w, b), matmul(x, w, b))
+    ours, dense = (w.copy(), make(K, N)), (w.copy(), np.empty_like(w))
+    dense[1][...] = ours[1]
+    sparse.matmul_update(x, dy, *ours, 0.1, 0.8)
+    matmul_module.matmul_update(x.T, dy, *dense, 0.1, 0.8)
+    for got, expected in zip(ours, dense, strict=True):
+        np.testing.assert_array_equal(got, expected)
+    w, dy = make(K, sparse.WIDTH * (N % 3)), make(M, sparse.WIDTH * (N % 3))
+    (dy_, w_), (abs_dy, abs_w) = wide(dy, w), absolute(dy, w)
+    alive = x != 0
+    assert_within(sparse.matmul_transposed(dy, w, x), alive * (dy_ @ w_.T), alive * (abs_dy @ abs_w.T))
+
+
+@pytest.mark.parametrize(("zeros", "samples", "used"), [(0.7, 16, True), (0.3, 16, False), (0.7, 15, False)])
+def test_lists_are_used_where_they_pay(monkeypatch, zeros, samples, used):
+    calls = []
+    for name in ("matmul", "matmul_update", "matmul_transposed"):
+        product = getattr(sparse, name)
+        monkeypatch.setattr(sparse, name, lambda *a, product=product, name=name: (calls.append(name), product(*a))[1])
+    make, some = Numbers(3), Numbers(4, zeros=zeros)
+    x, w, dy = some(samples, 1024), make(1024, 1024), make(samples, 1024)
+    results = cpu.dense_forward(x, w, make(1024)), cpu.dense_backward_input(dy, w), cpu.dense_backward_input(dy, w, x)
+    assert [r.shape for r in results] == [(samples, 1024)] * 3
+    np.testing.assert_allclose(results[2][x != 0], results[1][x != 0], atol=1e-3)
+    cpu.dense_update_weights(x, dy, w, np.zeros_like(w), 0.1, 0.8)
+    assert calls == (["matmul", "matmul_transposed", "matmul_update"] if used else [])
 
 
 @few_examples
@@ -514,7 +614,7 @@ def calls(C=20, O=13, B=5):
         "maxpool2x2_forward": ({"x": x}, {}),
         "maxpool2x2_backward": ({"dy": dy}, {"argmax": argmax, "x_shape": y.shape}),
         "dense_forward": ({"x": make(N, I), "w": make(I, J), "b": make(J)}, {}),
-        "dense_backward_input": ({"dy": make(N, J), "w": make(I, J)}, {}),
+        "dense_backward_input": ({"dy": make(N, J), "w": make(I, J), "alive": make(N, I)}, {}),
         "dense_backward_weights": ({"x": make(N, I), "dy": make(N, J)}, {}),
         "dense_backward_bias": ({"dy": make(N, J)}, {}),
         "dense_update_weights": ({"x": make(N, I), "dy": make(N, J), "w": make(I, J), "v": make(I, J)}, step),
@@ -530,14 +630,26 @@ def calls(C=20, O=13, B=5):
     }
 
 
-IN_PLACE = {"dense_update_weights": ("w", "v"), "sgd_update": ("w", "v")}
+IN_PLACE = {"dense_update_weights": ("w", "v"), "sgd_update": ("w", "v"), "matmul_update": ("w", "velocity")}
 SPENT = {"lstm_forward": ("z",)}  # given away by the caller: may be overwritten, or not
 SHARED = {"softmax", "cross_entropy_forward", "cross_entropy_backward", "dropout_key"}  # the reference's own code
 
 
-def call(name, operands, others):
+def calls_from_lists():
+    """The same for the products in `kernels.cpu.sparse`."""
+    make, x = Numbers(12), Numbers(13, zeros=0.7)(sparse.DEPTH + 3, 2 * sparse.DEPTH + 5)
+    (M, K), N, whole = x.shape, 2 * sparse.WIDTH + 7, 2 * sparse.WIDTH
+    step = {"lr": 0.1, "momentum": 0.8}
+    return {
+        "matmul": ({"x": x, "w": make(K, N), "bias": make(N)}, {}),
+        "matmul_update": ({"x": x, "dy": make(M, N), "w": make(K, N), "velocity": make(K, N)}, step),
+        "matmul_transposed": ({"dy": make(M, whole), "w": make(K, whole), "x": x}, {}),
+    }
+
+
+def call(name, operands, others, module=cpu):
     """What the operation returns, and the operands it changes, as a list of arrays."""
-    result = getattr(cpu, name)(**operands, **others)
+    result = getattr(module, name)(**operands, **others)
     results = list(result) if isinstance(result, tuple) else [result] if result is not None else []
     return results + [operands[changed] for changed in IN_PLACE.get(name, ())]
 
@@ -575,6 +687,9 @@ def test_threads_change_no_bit(name):
             results[threads] = [
                 result for sizes in ({}, {"C": 3, "O": 33, "B": 18}) for result in call(name, *calls(**sizes)[name])
             ]
+            if name.startswith("dense"):
+                for product, (operands, others) in calls_from_lists().items():
+                    results[threads] += call(product, operands, others, sparse)
     finally:
         nb.set_num_threads(threads_available)
     for threads, arrays in results.items():
@@ -669,29 +784,37 @@ class Guarded:
 
 
 GUARD_SIZES = [{}, {"C": 3, "O": 32, "B": 3}, {"C": 32, "O": 32, "B": 2}, {"C": 1, "O": 7, "B": 17}]
-GUARDED_MODULES = [conv, elementwise, lstm, matmul_module, tools]
+UNGUARDED = {"simd", "stft"}  # the language itself; no vector kernels
+# Every module of the rung, the ones to come too; what is guarded in them are the operations that `calls` names.
+GUARDED_MODULES = [
+    module
+    for found in pkgutil.iter_modules(cpu.__path__)
+    if found.name not in UNGUARDED and hasattr(module := import_module(f"kernels.cpu.{found.name}"), "np")
+]
 
 
 def guarded_run(side):
     """Every operation with guarded operands, scratch and results; says how many agreed with an unguarded call."""
     guard = Guarded(side)
     agreed = 0
-    for sizes in GUARD_SIZES:
-        for name, (operands, others) in calls(**sizes).items():
-            if name.startswith("stft"):
-                continue  # no vector kernels
-            expected = [r.copy() for r in call(name, {o: v.copy() for o, v in operands.items()}, others)]  # compiles
+    todo = [(cpu, name, *rest) for sizes in GUARD_SIZES for name, rest in calls(**sizes).items()]
+    todo += [(sparse, name, *rest) for name, rest in calls_from_lists().items()]
+    todo.append((matmul_module, "matmul", {"a": Numbers(1)(3, 1024), "b": Numbers(2)(1024, 272)}, {}))  # of few rows
+    for rung, name, operands, others in todo:
+        if name.startswith("stft"):
+            continue  # no vector kernels
+        expected = [r.copy() for r in call(name, {o: v.copy() for o, v in operands.items()}, others, rung)]  # compiles
+        for module in GUARDED_MODULES:
+            module.np = guard
+        try:
+            argmax = {o: guard.copy(v) for o, v in others.items() if o == "argmax"}
+            got = call(name, {o: guard.copy(v) for o, v in operands.items()}, {**others, **argmax}, rung)
+        finally:
             for module in GUARDED_MODULES:
-                module.np = guard
-            try:
-                argmax = {o: guard.copy(v) for o, v in others.items() if o == "argmax"}
-                got = call(name, {o: guard.copy(v) for o, v in operands.items()}, {**others, **argmax})
-            finally:
-                for module in GUARDED_MODULES:
-                    module.np = np
-            for ours, theirs in zip(got, expected, strict=True):
-                np.testing.assert_array_equal(ours, theirs, err_msg=name)
-            agreed += 1
+                module.np = np
+        for ours, theirs in zip(got, expected, strict=True):
+            np.testing.assert_array_equal(ours, theirs, err_msg=name)
+        agreed += 1
     print(f"{agreed} calls agreed")
 
 
@@ -722,7 +845,8 @@ def test_guard_pages_guard(side):
 def test_guard_pages(side):
     done = run_this_file(side)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{len(GUARD_SIZES) * 17} calls agreed\n"
+    products = len(calls_from_lists()) + 1
+    assert done.stdout == f"{len(GUARD_SIZES) * (len(calls()) - 2) + products} calls agreed\n"  # without stft's two
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ Floor for a batch of B images, C -> O channels: 2*9*B*T*F*C*O operations. A tile
 output channels stays in registers across all taps and input channels, so that the arithmetic units are the limit, and
 bias, ReLU, pooling and argmax happen on those registers: the T x F x O map before pooling never exists in memory.
 
-All kernels read a *strip*: the image rows behind BAND rows of pooling cells, with the zero padding around them, copied
-to a scratch that stays in the cache. Channels are padded with zeros to whole vectors; nothing else knows about odd
-sizes. The backward pass is in conv_backward.py.
+All kernels read strips (`kernels.cpu.strips`), and output channels are padded with zeros to whole vectors. Images with
+whole vectors of channels are left to `kernels.cpu.winograd`, which multiplies less. The backward pass is in
+conv_backward.py.
 """
 
 from typing import Any
@@ -15,11 +15,12 @@ import numba as nb
 import numpy as np
 from numpy.typing import NDArray
 
+from kernels.cpu import winograd
+from kernels.cpu.pool import store_pooled
 from kernels.cpu.simd import LANES, REGISTERS, Bytes, Emitter, Int, Ptr, kernel
-from kernels.cpu.tools import Array, as_float32, check_shapes, compiled, round_up, scratch, thread_id
-from kernels.reference import DEAD
+from kernels.cpu.strips import BAND, fill_strip, new_strips, rows_of
+from kernels.cpu.tools import Array, as_float32, check_shapes, compiled, round_up, thread_id
 
-BAND = 4  # rows of pooling cells that share a strip
 OUT_VECS = 2  # vectors of output channels in a forward tile
 OUT_GROUP = OUT_VECS * LANES
 CELLS = 2 if REGISTERS == 32 else 1  # 2x2 cells side by side in a forward tile: 4 * CELLS * OUT_VECS accumulators
@@ -56,15 +57,7 @@ def _pooling_tile(cells: int) -> Any:
         for q in range(cells):
             for v in range(OUT_VECS):
                 pixels = [acc[r][2 * q + s][v].get() for r in range(2) for s in range(2)]
-                best, place = pixels[0], k.ints(0)
-                for n in range(1, 4):
-                    larger = pixels[n] > best
-                    best, place = k.where(larger, pixels[n], best), k.where(larger, k.ints(n), place)
-                dead = best <= 0.0
-                undefined = pixels[0].unordered(pixels[1]) | pixels[2].unordered(pixels[3])
-                y_at, argmax_at = y + cell * q + LANES * v, argmax + cell * q + LANES * v
-                k.store(y_at, k.where(undefined, float("nan"), k.where(dead, 0.0, best)))
-                k.store_bytes(argmax_at, k.where(dead, k.ints(DEAD), place))
+                store_pooled(k, pixels, y + cell * q + LANES * v, argmax + cell * q + LANES * v)
 
     return tile
 
@@ -86,43 +79,6 @@ def _plain_tile(cells: int) -> Any:
 
 pool_wide, pool_one = _pooling_tile(CELLS), _pooling_tile(1)
 conv_wide, conv_one = _plain_tile(CELLS), _plain_tile(1)
-
-
-@kernel
-def copy_vectors(k: Emitter, source: Ptr, target: Ptr, vectors: Int) -> None:
-    for i in k.range(vectors):
-        k.store(target + i * LANES, k.load(source + i * LANES))
-
-
-@kernel
-def copy_floats(k: Emitter, source: Ptr, target: Ptr, n: Int) -> None:
-    for i in k.range(n):
-        k.store_float(target + i, k.splat(source + i))
-
-
-@compiled
-def copy(source: int, target: int, n: int) -> None:
-    """Copy n floats between addresses. (Assigning a slice takes Numba seconds to compile; its loops copy singly.)"""
-    copy_vectors(source, target, n // LANES)
-    whole = n // LANES * LANES
-    copy_floats(source + 4 * whole, target + 4 * whole, n - whole)
-
-
-@compiled
-def fill_strip(x: Array, C: int, n: int, p: int, rows: int, strip: Array) -> None:
-    """Copy the image rows from 2p-1 on, of image n of x (B, T, F*C), to strip (rows, row), one pixel to the right.
-
-    Zeros stand for what lies outside of the image.
-    """
-    T, width = x.shape[1:]
-    for r in range(rows):
-        t = 2 * p - 1 + r
-        inside = width if 0 <= t < T else 0
-        for i in range(C):
-            strip[r, i] = 0
-        copy(x.ctypes.data + 4 * (n * T + t) * width, strip.ctypes.data + 4 * (r * strip.shape[1] + C), inside)
-        for i in range(C + inside, strip.shape[1]):
-            strip[r, i] = 0
 
 
 @compiled(parallel=True)
@@ -183,22 +139,14 @@ def _pack(w: Array, b: Array) -> tuple[Array, Array]:
     return np.ascontiguousarray(padded.reshape(9, C, groups, OUT_GROUP).transpose(2, 1, 0, 3)), bias
 
 
-def rows_of(x: Array) -> Array:
-    """(B, T, F, C) -> (B, T, F*C)."""
-    B, T, F, C = x.shape
-    return x.reshape(B, T, F * C)
-
-
-def new_strips(count: int, F: int, C: int) -> Array:
-    return scratch(count, 2 * BAND + 2, (F + 2 + F % 2) * C)
-
-
 def conv3x3_forward(x: Array, w: Array, b: Array) -> Array:
     """See `kernels.reference.conv3x3_forward`."""
     x, w, b = as_float32(x=x, w=w, b=b)
     B, T, F, C = x.shape
     O = w.shape[3]
     check_shapes(w=(w, (3, 3, C, O)), b=(b, (O,)))
+    if winograd.pays(C):
+        return winograd.conv3x3_forward(x, w, b)
     packed, bias = _pack(w, b)
     y = np.empty((B, round_up(T, 2), round_up(F, 2), len(bias)), np.float32)
     _conv3x3(rows_of(x), C, packed, bias, new_strips(nb.get_num_threads(), F, C), y)
@@ -211,6 +159,8 @@ def conv_relu_pool_forward(x: Array, w: Array, b: Array) -> tuple[Array, NDArray
     B, T, F, C = x.shape
     O = w.shape[3]
     check_shapes(w=(w, (3, 3, C, O)), b=(b, (O,)))
+    if winograd.pays(C):
+        return winograd.conv_relu_pool_forward(x, w, b)
     packed, bias = _pack(w, b)
     y = np.empty((B, T // 2, F // 2, len(bias)), np.float32)
     argmax = np.empty(y.shape, np.uint8)

@@ -15,8 +15,9 @@ import numba as nb
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.cpu.conv import BAND, TAPS, conv3x3_forward, copy, fill_strip, new_strips, rows_of
+from kernels.cpu.conv import TAPS, conv3x3_forward
 from kernels.cpu.simd import LANES, REGISTERS, Bytes, Emitter, Int, Ptr, kernel
+from kernels.cpu.strips import BAND, copy, fill_strip, new_strips, rows_of
 from kernels.cpu.tools import PARTS, Array, as_float32, as_places, check_shapes, compiled, round_up, scratch, thread_id
 from kernels.reference import DEAD
 

@@ -9,7 +9,8 @@ copied once to *panels* that hold the numbers in the order of their use, padded 
 loop over odd sizes is left. A panel of B stays in the first-level cache, a block of A in the second. Every task owns a
 block of the result and sums over k in one fixed order: the result does not depend on the number of threads.
 
-    matmul              a b        a packed whole, b block by block on its way through the cache
+    matmul              a b        a packed whole, b block by block on its way through the cache; of up to four rows,
+                                   b is read as it lies
     matmul_transposed   a b^T      the larger operand is read where it lies, row by row; the smaller is packed
     matmul_update       a b        both packed; each tile of the product is an SGD step of the tile of w under it
 
@@ -33,6 +34,8 @@ COLUMNS = VECS * LANES
 BLOCK = 256  # rows and columns of a cache block; COLUMNS divides it
 DEPTH = 128  # of a block that is packed on its way
 ROW_DEPTH = 256  # of a block whose rows are read where they lie
+FEW_DEPTH = 8  # rows of b that at most meet a few rows of a at once
+FEW_CHUNK = 2048  # columns of b that a task reads of every row
 GROUP = 8 * ROWS  # rows of a task where the rows are those of a layer's weights
 
 
@@ -164,9 +167,9 @@ def copy_panels(k: Emitter, b: Ptr, b_row: Int, depth: Int, panels: Int, packed:
 
 
 @compiled
-def _pack_columns(b: Array, k0: int, n0: int, K: int, N: int, packed: Array) -> None:
+def pack_columns(b: Array, k0: int, n0: int, K: int, N: int, packed: Array) -> None:
     """packed[panel, i, x] = b[k0 + i, n0 + panel*COLUMNS + x] for i < K, columns below N; zeros behind them."""
-    columns = min(N - n0, packed.shape[0] * COLUMNS)
+    columns = max(0, min(N - n0, packed.shape[0] * COLUMNS))
     whole, rest = columns // COLUMNS, columns % COLUMNS
     row = b.shape[1]
     at = b.ctypes.data + 4 * (k0 * row + n0)
@@ -179,11 +182,11 @@ def _pack_columns(b: Array, k0: int, n0: int, K: int, N: int, packed: Array) -> 
 
 
 @compiled(parallel=True)
-def _pack_all_columns(b: Array, packed: Array) -> None:
+def pack_all_columns(b: Array, packed: Array) -> None:
     """packed (N/COLUMNS, K, COLUMNS) of the whole of b (K, N)."""
     for panel in nb.prange(packed.shape[0]):
         n0 = panel * COLUMNS
-        _pack_columns(b, 0, n0, b.shape[0], min(b.shape[1], n0 + COLUMNS), packed[panel : panel + 1])
+        pack_columns(b, 0, n0, b.shape[0], min(b.shape[1], n0 + COLUMNS), packed[panel : panel + 1])
 
 
 @compiled(parallel=True)
@@ -227,7 +230,7 @@ def _multiply(a: Array, b: Array, bias: Array, panels: Array, c: Array) -> None:
         # sum goes on where it was, in the same order: not a bit depends on where blocks end.
         k0, depth = 0, min(K, DEPTH // 2 if thread_id() % 2 else DEPTH)
         while k0 < max(K, 1):  # an empty sum is the bias
-            _pack_columns(b, k0, n0, depth, N, mine)
+            pack_columns(b, k0, n0, depth, N, mine)
             for n in range(n0, end, COLUMNS):  # a panel of b stays in the first-level cache
                 for tile in range(first_tile, last_tile):
                     to = c.ctypes.data + 4 * (tile * ROWS * width + n)
@@ -240,9 +243,72 @@ def _multiply(a: Array, b: Array, bias: Array, panels: Array, c: Array) -> None:
             depth = min(DEPTH, K - k0)
 
 
+def _few_rows_tile(rows: int) -> Any:
+    """`rows` rows of c, a vector of columns at a time, take up as many rows of b as their factors fill registers."""
+    depth = _few_depth(rows)
+
+    @kernel
+    def tile(k: Emitter, a: Ptr, b: Ptr, b_row: Int, vectors: Int, c: Ptr, c_row: Int) -> None:
+        """c (rows, vectors*LANES) += a (rows, depth) b (depth, .); rows of a are FEW_DEPTH numbers apart."""
+        factors = [[k.splat(a + FEW_DEPTH * r + i) for i in range(depth)] for r in range(rows)]
+        for v in k.range(vectors):
+            acc = [k.load(c + c_row * r + v * LANES) for r in range(rows)]
+            for i in range(depth):
+                x = k.load(b + b_row * i + v * LANES)
+                acc = [total + factors[r][i] * x for r, total in enumerate(acc)]
+            for r, total in enumerate(acc):
+                k.store(c + c_row * r + v * LANES, total)
+
+    return tile
+
+
+def _few_depth(rows: int) -> int:
+    """Half of the registers hold the factors."""
+    return min(FEW_DEPTH, REGISTERS // 2 // rows)
+
+
+few_1, few_2, few_4 = (_few_rows_tile(rows) for rows in (1, 2, 4))
+
+
+@compiled(parallel=True)
+def _multiply_few(a: Array, b: Array, rows: int, step: int, chunk: int, c: Array) -> None:
+    """c (rows, N) += a b, from a (K/FEW_DEPTH, rows, FEW_DEPTH); b (K, N) is read row by row, as it lies in memory."""
+    K, N = b.shape
+    for task in nb.prange(-(-N // chunk)):
+        n0 = task * chunk
+        vectors = min(chunk, N - n0) // LANES
+        at_c = c.ctypes.data + 4 * n0
+        for k0 in range(0, K, step):
+            at_a = a.ctypes.data + 4 * (k0 // FEW_DEPTH * rows * FEW_DEPTH + k0 % FEW_DEPTH)
+            at_b = b.ctypes.data + 4 * (k0 * N + n0)
+            if rows == 1:
+                few_1(at_a, at_b, N, vectors, at_c, N)
+            elif rows == 2:
+                few_2(at_a, at_b, N, vectors, at_c, N)
+            else:
+                few_4(at_a, at_b, N, vectors, at_c, N)
+
+
+def _matmul_few(a: Array, b: Array, bias: Array | None) -> Array:
+    """`matmul` for a few rows, which wait for b and nothing else: packing it would only take longer."""
+    (M, K), N = a.shape, b.shape[1]
+    rows = next(few for few in (1, 2, 4) if few >= M)
+    padded = np.zeros((rows, K), np.float32)
+    padded[:M] = a
+    packed = np.ascontiguousarray(padded.reshape(rows, K // FEW_DEPTH, FEW_DEPTH).transpose(1, 0, 2))
+    c = np.zeros((rows, N), np.float32)
+    if bias is not None:
+        c[...] = bias
+    chunk = min(FEW_CHUNK, round_up(-(-N // nb.get_num_threads()), LANES))
+    _multiply_few(packed, b, rows, _few_depth(rows), chunk, c)
+    return c[:M]
+
+
 def matmul(a: Array, b: Array, bias: Array | None = None) -> Array:
     """a b (+ bias), float32: a (M, K), contiguous or a transposed view, b (K, N) contiguous -> (M, N)."""
     M, N = len(a), b.shape[1]
+    if 1 <= M <= 4 and N % LANES == 0 and len(b) % FEW_DEPTH == 0 and b.size >= 1 << 18:
+        return _matmul_few(a, b, bias)
     c = np.empty((round_up(M, ROWS), round_up(N, COLUMNS)), np.float32)
     start = np.zeros(c.shape[1], np.float32)
     if bias is not None:
@@ -342,6 +408,6 @@ def _update(a: Array, b: Array, w: Array, velocity: Array, edges: Array, factors
 def matmul_update(a: Array, b: Array, w: Array, velocity: Array, lr: float, momentum: float) -> None:
     """w (M, N) takes an SGD step along the gradient a b, which is never stored; velocity (M, N); both C-contiguous."""
     packed = _panels(b.shape[1], len(b))
-    _pack_all_columns(b, packed)
+    pack_all_columns(b, packed)
     edges = np.empty((nb.get_num_threads(), ROWS, COLUMNS), np.float32)
     _update(_packed_rows(a), packed, w, velocity, edges, np.array([lr, momentum], np.float32))

@@ -1,11 +1,24 @@
-"""2x2 max-pooling on its own; in the networks it is fused with the convolution (conv.py)."""
+"""2x2 max-pooling: on its own, and of the registers of a fused convolution, as the networks use it."""
 
 import numba as nb
 import numpy as np
 from numpy.typing import NDArray
 
+from kernels.cpu.simd import Bytes, Emitter, Ptr, Vec
 from kernels.cpu.tools import Array, as_float32, as_places, check_shapes, compiled
 from kernels.reference import DEAD
+
+
+def store_pooled(k: Emitter, pixels: list[Vec], y: Ptr, argmax: Bytes) -> None:
+    """ReLU and the maximum of a cell's four pixels, a vector of channels each, for the fused convolutions."""
+    best, place = pixels[0], k.ints(0)
+    for n in range(1, 4):
+        larger = pixels[n] > best
+        best, place = k.where(larger, pixels[n], best), k.where(larger, k.ints(n), place)
+    dead = best <= 0.0
+    undefined = pixels[0].unordered(pixels[1]) | pixels[2].unordered(pixels[3])
+    k.store(y, k.where(undefined, float("nan"), k.where(dead, 0.0, best)))
+    k.store_bytes(argmax, k.where(dead, k.ints(DEAD), place))
 
 
 @compiled(parallel=True)

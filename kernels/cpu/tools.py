@@ -1,9 +1,10 @@
 """What every module of this rung needs: the compiler's settings, its cache, and the check of operands."""
 
-import hashlib
 import os
-import tempfile
+import threading
 from collections.abc import Callable
+from functools import wraps
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -11,6 +12,9 @@ import numba as nb
 import numpy as np
 from numba.core import config as numba_config
 from numpy.typing import NDArray
+
+from kernels import Unavailable
+from kernels.cache import cache_folder
 
 Array: TypeAlias = NDArray[np.float32]
 
@@ -32,33 +36,10 @@ on it."""
 FASTMATH = {"reassoc", "contract", "arcp", "nsz"}
 
 
-def _cache_folder() -> Path:
-    """Where compiled kernels are kept: the user's cache folder (or NUMBA_CACHE_DIR), a folder per state of the sources.
-
-    Numba looks at the date of the file that holds a function, not at what it calls; so the name hashes all sources of
-    this rung, and the reference, whose constants they share: a changed helper never leaves a stale kernel behind. A
-    read-only home falls back to the temporary folder.
-    """
-    here = Path(__file__).parent
-    sources = [here.parent / "reference.py", *sorted(here.glob("*.py"))]
-    state = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
-    roots = [
-        os.environ.get("NUMBA_CACHE_DIR"),
-        os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "npser"),
-        os.path.join(tempfile.gettempdir(), f"npser-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"),
-    ]
-    for root in filter(None, roots):
-        folder = Path(root) / f"kernels-{state}"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                return folder
-        except OSError:
-            continue
-    raise ImportError("no folder to keep compiled kernels in: set NUMBA_CACHE_DIR to a writable folder")
-
-
-CACHE_FOLDER = _cache_folder()
+_HERE = Path(__file__).parent
+# Numba looks at the date of the file that holds a function, not at what it calls: the folder knows all of them, and the
+# reference, whose constants they share.
+CACHE_FOLDER = cache_folder([_HERE.parent / "reference.py", *sorted(_HERE.glob("*.py"))])
 
 
 def cache_is_cold() -> bool:
@@ -66,14 +47,56 @@ def cache_is_cold() -> bool:
     return not any(CACHE_FOLDER.rglob("*.nbi"))
 
 
+_one_at_a_time = threading.RLock()
+_forked_from_threads = False
+
+
+def _guarded(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel, called where Numba would abort the process otherwise, in one of two ways.
+
+    Its threading layer "workqueue" does when two threads of a program call parallel kernels at once: they take turns
+    here. And GNU OpenMP does in a process that was forked from one whose threads had begun to compute: that is refused.
+    """
+
+    @wraps(kernel)
+    def call(*arguments: Any) -> Any:
+        if _forked_from_threads:
+            raise Unavailable(
+                "this process was forked from one that had computed already, which GNU OpenMP does not survive: "
+                "start it by spawn (multiprocessing.get_context), or fork before anything is computed"
+            )
+        with _one_at_a_time:
+            return kernel(*arguments)
+
+    return call
+
+
+def _after_fork() -> None:
+    """In the child of a fork."""
+    global _one_at_a_time, _forked_from_threads
+    _one_at_a_time = threading.RLock()  # another thread may have held it
+    numba: Any = nb
+    if numba.np.ufunc.parallel._is_initialized and numba.threading_layer() == "omp":
+        omppool = import_module("numba.np.ufunc.omppool")
+        _forked_from_threads = getattr(omppool, "openmp_vendor", "GNU") == "GNU"
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def compiled(function: Any = None, *, parallel: bool = False) -> Any:
-    """`numba.njit` as this rung uses it: lazy, cached in CACHE_FOLDER, division unchecked so that loops vectorise."""
+    """`numba.njit` as this rung uses it: lazy, cached in CACHE_FOLDER, division unchecked so that loops vectorise.
+
+    A parallel kernel is called from Python alone, and guarded there: see `_guarded`.
+    """
 
     def decorate(f: Callable[..., Any]) -> Any:
         settings: Any = numba_config  # where Numba looks when it decorates; put back for everybody else's functions
         before, settings.CACHE_DIR = settings.CACHE_DIR, str(CACHE_FOLDER)
         try:
-            return nb.njit(f, cache=True, parallel=parallel, error_model="numpy", fastmath=FASTMATH)
+            made = nb.njit(f, cache=True, parallel=parallel, error_model="numpy", fastmath=FASTMATH)
+            return _guarded(made) if parallel else made
         finally:
             settings.CACHE_DIR = before
 

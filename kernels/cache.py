@@ -1,0 +1,30 @@
+"""Where compiled kernels are kept between two runs."""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def cache_folder(sources: Iterable[Path], more: str = "") -> Path:
+    """A folder per state of the source files, and of whatever `more` names, below the user's cache folder.
+
+    NUMBA_CACHE_DIR says otherwise. The name hashes all sources that kernels are made of, so that a changed one never
+    leaves a stale kernel behind. A read-only home falls back to the temporary folder.
+    """
+    state = hashlib.sha256(b"".join(source.read_bytes() for source in sources) + more.encode()).hexdigest()[:16]
+    roots = [
+        os.environ.get("NUMBA_CACHE_DIR"),
+        os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "npser"),
+        os.path.join(tempfile.gettempdir(), f"npser-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"),
+    ]
+    for root in filter(None, roots):
+        folder = Path(root) / f"kernels-{state}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
+        except OSError:
+            continue
+    raise ImportError("no folder to keep compiled kernels in: set NUMBA_CACHE_DIR to a writable folder")
