@@ -1,12 +1,24 @@
 """python bench/gpu_check.py: everything that only a GPU can tell, in one call.
 
 Run it from the repository's root, on a machine with an NVIDIA GPU, numpy, numba, numba-cuda and scipy; nothing has to
-be installed, soundfile and PyTorch may be missing. It checks `kernels.cuda` against the reference at the paper's sizes,
-trains each network ten steps beside the cpu, times kernels and training steps (beside PyTorch, where it is there), and,
-given recordings and a time budget, runs the paper's cross-validations. Every section runs in a process of its own, so
-that a fault in one leaves the others alone; results are in OUT/gpu_check.json after each, run folders in OUT/<arch>.
+be installed; soundfile, PyTorch, JAX and compute-sanitizer may be missing. In this order, within --time seconds:
 
-    python bench/gpu_check.py --out results --wavs path/to/emodb --budget 1200
+- launching: how kernels are launched, and how long that takes; where launching through the driver fails, everything
+  after it goes through Numba's launcher;
+- parity: every operation at the paper's sizes against the reference, in float32 and TF32; the losses of ten training
+  steps of each network beside the cpu's;
+- sanitizer: small operations under compute-sanitizer (memcheck, racecheck, synccheck), where it is found;
+- bench: `python -m bench --device cuda` of training steps, inference and kernels, beside PyTorch and JAX: about ten
+  minutes, so that `--only` for the sections that matter most, and a second call, are worth a thought;
+- cross-validation of lstm, cnn and tdcnn on the recordings in --wavs, for as long as is left.
+
+    python bench/gpu_check.py --out results --wavs path/to/emodb --time 570
+    python bench/gpu_check.py --out more --wavs path/to/emodb --time 570 --resume results     # goes on from there
+
+OUT then holds five files: gpu_check.json, with the results of every section as soon as it is over (bench's rows too),
+the run folders as archives, which grow with every fold, and a log. A call that is ended early loses the section that it
+was in, and goes on behind the others with --resume. Every section runs in a process of its own, so that a fault in one
+leaves the others alone. `--dry` tries the program itself, in Numba's simulator (NUMBA_ENABLE_CUDASIM=1).
 
 Exit status: 0 if everything agreed, 1 if something did not or a section failed, 2 without a GPU.
 """
@@ -14,8 +26,12 @@ Exit status: 0 if everything agreed, 1 if something did not or a section failed,
 import argparse
 import json
 import os
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -25,8 +41,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-ARCHITECTURES = ("cnn", "lstm", "tdcnn")
-BATCHES = (32, 128)
+ARCHITECTURES = ("lstm", "cnn", "tdcnn")
 TOLERANCE = {"float32": 1e-5, "tf32": 2e-3}  # largest difference, relative to the largest number
 LOSS_TOLERANCE = 1e-4
 Results = dict[str, Any]
@@ -43,9 +58,50 @@ DENSE = {
 LSTMS = {"H 128": (32, 128, 128), "H 1024": (32, 4, 1024), "odd": (5, 7, 77)}
 BLOCKS = {"block 1": (32, 128, 128, 1, 32), "block 2": (32, 64, 64, 32, 32), "odd": (3, 33, 47, 5, 37)}
 ALONE = (4, 37, 41, 9, 13)  # a convolution without ReLU and pooling
-PAPER_BATCH = 32
-FRAMES = 100_000  # that the windows of timed training steps are cut out of
-COPIED = 2**28  # numbers, to measure the memory's bandwidth by
+PAPER_BATCH, STEPS = 32, 10
+NETWORK: dict[str, Any] = {}  # options of build_model: the paper's sizes
+
+# For compute-sanitizer, which is slow, and for the simulator, which is much slower.
+SMALL_DENSE = {"odd": (37, 301, 203), "in fours": (132, 64, 260)}
+SMALL_LSTMS = {"narrow": (2, 3, 77), "wide": (3, 2, 132)}
+SMALL_BLOCKS = {"block 1": (2, 33, 35, 1, 33), "block 2": (2, 18, 20, 12, 36)}
+TINY_DENSE, TINY_LSTMS = {"odd": (2, 9, 3), "in fours": (4, 8, 4)}, {"narrow": (2, 2, 2), "wide": (2, 2, 5)}
+TINY_BLOCKS = {"block 1": (1, 4, 4, 1, 2), "block 2": (1, 4, 4, 2, 2)}
+
+
+def shrink(dense: dict[str, Any], lstms: dict[str, Any], blocks: dict[str, Any], network: dict[str, Any]) -> None:
+    """Other sizes than the paper's, in this process."""
+    global DENSE, LSTMS, BLOCKS, ALONE, PAPER_BATCH, STEPS, NETWORK
+    DENSE, LSTMS, BLOCKS, ALONE, PAPER_BATCH, STEPS, NETWORK = dense, lstms, blocks, (1, 3, 4, 2, 3), 2, 2, network
+
+
+# --- launching ---------------------------------------------------------------------------------------------------
+
+
+def check_launching() -> Results:
+    """One small operation, and what a launch costs: microseconds of this program's, and of the device's."""
+    import numpy as np
+
+    import kernels
+    from kernels.cuda import arrays, device, lstm
+
+    started = time.perf_counter()
+    k = kernels.rung("cuda")
+    x = np.arange(-4, 4, dtype=np.float32)
+    there = arrays.asarray(x)
+    agrees = bool(np.array_equal(arrays.asnumpy(k.relu_forward(there)), np.maximum(x, 0)))
+    results: Results = {"agrees": agrees, "by the driver": device.DIRECT, "gpu": k.device_name()}
+    results["seconds to the first result"] = round(time.perf_counter() - started, 2)
+    # Below 48 KB plus a little, the driver has granted no more: see kernels.cuda.lstm.
+    results["shared memory of lstm_sequence"] = lstm._sequence_memory(lstm._lstm_sequence, lstm.SEQUENCE_UNITS)[2]
+    count = 10 if device.SIMULATED else 2000
+    started = time.perf_counter()
+    for _ in range(count):
+        k.relu_forward(there)
+    launched = time.perf_counter() - started
+    device.synchronise()
+    taken = time.perf_counter() - started
+    return results | {"microseconds to launch": 1e6 * launched / count, "microseconds in all": 1e6 * taken / count}
 
 
 # --- parity ------------------------------------------------------------------------------------------------------
@@ -129,216 +185,53 @@ def _listed(result: Any) -> list[Any]:
 
 
 def check_losses(arch: str) -> Results:
-    """Ten training steps at the paper's size and batch 32: the losses on the GPU beside those on the cpu."""
+    """STEPS training steps at the paper's size and batch 32: the losses on the GPU beside those on the cpu."""
     import numpy as np
 
     from npser.models import build_model
     from npser.optim import SGD
-    from npser.train import CLIP_NORM
+    from npser.recipes import RECIPES
 
     rng = np.random.default_rng(1)
-    models = {backend: build_model(arch, backend=backend, seed=0) for backend in ("cuda", "cpu")}
-    x = rng.standard_normal((PAPER_BATCH, models["cpu"].input_frames, 128), dtype=np.float32)
+    models = {backend: build_model(arch, backend=backend, seed=0, **NETWORK) for backend in ("cuda", "cpu")}
+    bins = models["cpu"].settings["bins"]
+    x = rng.standard_normal((PAPER_BATCH, models["cpu"].input_frames, bins), dtype=np.float32)
     y = rng.integers(0, 7, PAPER_BATCH)
     losses = {}
     for backend, model in models.items():
-        sgd = SGD(clip_norm=CLIP_NORM[arch])
-        losses[backend] = [model.train_step(x, y, sgd) for _ in range(10)]
+        sgd = SGD(clip_norm=RECIPES["paper"][arch].clip_norm)
+        losses[backend] = [model.train_step(x, y, sgd) for _ in range(STEPS)]
     error = float(np.abs(np.subtract(losses["cuda"], losses["cpu"])).max())
     return {"losses": losses, "error": error, "agrees": error <= LOSS_TOLERANCE}
 
 
-# --- timings -----------------------------------------------------------------------------------------------------
-
-
-def milliseconds(work: Callable[[], object], repeats: int = 20) -> Results:
-    """Median and least time of `work` on the device, by events around each call, and the time to launch it."""
-    from kernels.cuda import device
-
-    for _ in range(3):
-        work()
-    device.synchronise()
-    events = [(device.cuda.event(timing=True), device.cuda.event(timing=True)) for _ in range(repeats)]
-    started = time.perf_counter()
-    for first, last in events:
-        first.record(device.stream())
-        work()
-        last.record(device.stream())
-    launched = time.perf_counter() - started
-    device.synchronise()
-    times = sorted(float(device.cuda.event_elapsed_time(first, last)) for first, last in events)
-    return {"median": times[repeats // 2], "least": times[0], "launching": 1000 * launched / repeats}
-
-
-def ceilings() -> Results:
-    """What the device can do at most: float32 operations, as its clock has it; bytes, as a copy measures them."""
-    from kernels.cuda import device
-
-    gpu = device.cuda.get_current_device()
-    flops = gpu.MULTIPROCESSOR_COUNT * 128 * 2 * gpu.CLOCK_RATE * 1e3  # 128 fused multiply-adds a cycle from 8.6 on
-    if gpu.compute_capability == (8, 0):
-        flops /= 2
-    one, two = device.empty((COPIED,)), device.empty((COPIED,))
-    copy = milliseconds(lambda: two.flat.copy_to_device(one.flat, stream=device.stream()))
-    return {"float32_flops": flops, "bytes_per_second": 8 * COPIED / (copy["least"] / 1e3)}
-
-
-def time_kernels(precision: str) -> Results:
-    """Every operation of a training step, at batch 32 and 128, with its share of the device's ceilings."""
-    import numpy as np
-
-    import kernels
-    from kernels.cuda import arrays, device, lstm
-
-    k = kernels.rung("cuda")
-    k.settings.precision = precision
-    most = ceilings()
-    rng = np.random.default_rng(0)
-    results: Results = {"ceilings": most}
-
-    def numbers(*shape: int) -> Any:
-        return arrays.asarray(rng.standard_normal(shape, dtype=np.float32))
-
-    def row(title: str, work: Callable[[], object], flops: float, moved: float) -> None:
-        result = milliseconds(work)
-        seconds = result["median"] / 1e3
-        result["percent_of_float32"] = 100 * flops / seconds / most["float32_flops"]
-        result["percent_of_bandwidth"] = 100 * moved / seconds / most["bytes_per_second"]
-        results[title] = result
-
-    # All weights on the chip take 200704 bytes; about 48 KB say that the driver granted no more: see kernels.cuda.lstm.
-    results["shared memory of lstm_sequence"] = lstm._sequence_memory(lstm._lstm_sequence, 128)[2]
-    tiny = device.empty((1,))
-    row("an empty launch", lambda: k.relu_forward(tiny), 0, 0)
-    for B in BATCHES:
-        for title in ("cnn dense1", "lstm inputs", "tdcnn lstm1"):
-            N, I, J = DENSE[title]
-            N = N * B // PAPER_BATCH
-            x, w, b, dy, v = numbers(N, I), numbers(I, J), numbers(J), numbers(N, J), arrays.zeros_like(numbers(I, J))
-            flops, read = 2.0 * N * I * J, 4.0 * (N * I + I * J + N * J)
-            row(f"{title} forward, batch {B}", partial(k.dense_forward, x, w, b), flops, read)
-            row(f"{title} dx, batch {B}", partial(k.dense_backward_input, dy, w), flops, read)
-            row(
-                f"{title} dw + SGD, batch {B}",
-                partial(k.dense_update_weights, x, dy, w, v, 1e-9, 0.8),
-                flops, 4.0 * (N * I + N * J + 4 * I * J),
-            )  # fmt: skip
-            row(f"{title} db, batch {B}", partial(k.dense_backward_bias, dy), 1.0 * N * J, 4.0 * N * J)
-        for title in ("H 128", "H 1024"):
-            _, T, H = LSTMS[title]
-            z, wh, dh = numbers(B, T, 4 * H), numbers(H, 4 * H), numbers(B, T, H)
-            _, c, gates = k.lstm_forward(z, wh)
-            flops = 8.0 * B * T * H * H
-            row(f"lstm {title} forward, batch {B}", partial(k.lstm_forward, z, wh), flops, 40.0 * B * T * H)
-            row(
-                f"lstm {title} backward, batch {B}",
-                partial(k.lstm_backward, dh, gates, c, wh),
-                flops, 40.0 * B * T * H,
-            )  # fmt: skip
-        if precision != "float32":
-            continue
-        for title in ("block 1", "block 2"):
-            _, T, _, C, O = BLOCKS[title]
-            x, w, b = numbers(B, T, T, C), numbers(3, 3, C, O), numbers(O)
-            y, argmax = k.conv_relu_pool_forward(x, w, b)
-            flops, moved = 18.0 * B * T * T * C * O, 4.0 * x.size + 5.0 * y.size
-            row(f"{title} forward, batch {B}", partial(k.conv_relu_pool_forward, x, w, b), flops, moved)
-            for what, need in (("dw", False), ("dw + dx", True)):
-                row(
-                    f"{title} {what}, batch {B}",
-                    partial(k.conv_relu_pool_backward, y, argmax, x, w, need),
-                    flops * (1 + need), moved * (1 + need),
-                )  # fmt: skip
-        x = numbers(B, *BLOCKS["block 2"][1:4])
-        row(f"dropout, batch {B}", partial(k.dropout, x, 0.25, (1, 2)), 0, 8.0 * x.size)
-    return results
-
-
-def time_steps(precision: str) -> Results:
-    """A training step, its batch cut out of windows that are on the device, and inference."""
-    import numpy as np
-
-    import kernels
-    from npser.models import build_model
-    from npser.optim import SGD
-    from npser.train import CLIP_NORM
-
-    kernels.rung("cuda").settings.precision = precision
-    rng = np.random.default_rng(0)
-    results: Results = {}
-    for arch in ARCHITECTURES:
-        model = build_model(arch, backend="cuda", seed=0)
-        k = model.arrays
-        frames = k.asarray(rng.standard_normal((FRAMES, 128), dtype=np.float32))
-        for B in BATCHES:
-            sgd = SGD(clip_norm=CLIP_NORM[arch])
-            starts, targets = k.asarray(rng.integers(0, FRAMES - 200, B)), k.asarray(rng.integers(0, 7, B))
-            step = partial(_step, model, frames, starts, targets, sgd, k.Tally())
-            results[f"{arch} training step, batch {B}"] = milliseconds(step)
-            results[f"{arch} inference, batch {B}"] = milliseconds(partial(_infer, model, frames, starts))
-    return results
-
-
-def _step(model: Any, frames: Any, starts: Any, targets: Any, sgd: Any, tally: Any) -> None:
-    """What the trainer does for a batch."""
-    loss, p = model.train_batch(model.arrays.take_windows(frames, starts, model.input_frames), targets, sgd)
-    tally.add(loss, p, targets)
-
-
-def _infer(model: Any, frames: Any, starts: Any) -> Any:
-    x = model.arrays.take_windows(frames, starts, model.input_frames)
-    return model.k.softmax(model.layers.forward(x, None))
-
-
-def time_torch(arch: str) -> Results:
-    """The same training step in PyTorch: eager, as a CUDA graph and compiled; TF32 off and on."""
-    try:
-        import torch
-    except ImportError:
-        return {"skipped": "PyTorch is not installed"}
-    from bench.peers.torch_gpu import make_step
-
-    results: Results = {"version": torch.__version__}
-    for tf32 in (False, True):
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-        for B in BATCHES:
-            for layout in ("channels first", "channels last") if arch != "lstm" else ("",):
-                for how in ("eager", "graph", "compiled"):
-                    title = f"{how}, TF32 {'on' if tf32 else 'off'}, batch {B}" + (f", {layout}" if layout else "")
-                    try:
-                        results[title] = _time_torch_step(torch, make_step(arch, B, layout == "channels last", how))
-                    except Exception as error:  # a mode that PyTorch cannot do here is no fault of ours
-                        results[title] = {"failed": " ".join(str(error).split())[:200]}
-                    print(json.dumps({title: results[title]}), file=sys.stderr, flush=True)
-    return results
-
-
-def _time_torch_step(torch: Any, step: Callable[[], object], repeats: int = 20) -> Results:
-    for _ in range(5):
-        step()
-    torch.cuda.synchronize()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    for first, last in events:
-        first.record()
-        step()
-        last.record()
-    torch.cuda.synchronize()
-    times = sorted(first.elapsed_time(last) for first, last in events)
-    return {"median": times[repeats // 2], "least": times[0]}
-
-
 # --- the sections, and how they are run --------------------------------------------------------------------------
 
-SECTIONS: dict[str, Callable[[], Results]] = {
+CHECKS: dict[str, Callable[[], Results]] = {
+    "launching": check_launching,
     "parity float32": lambda: check_operations("float32"),
     "parity tf32": lambda: check_operations("tf32"),
     **{f"ten steps {arch}": partial(check_losses, arch) for arch in ARCHITECTURES},
-    "steps float32": lambda: time_steps("float32"),
-    "steps tf32": lambda: time_steps("tf32"),
-    "kernels float32": lambda: time_kernels("float32"),
-    "kernels tf32": lambda: time_kernels("tf32"),
-    **{f"torch {arch}": partial(time_torch, arch) for arch in ARCHITECTURES},
+    "small float32": lambda: check_operations("float32"),  # for the sanitizer
+    "small tf32": lambda: check_operations("tf32"),
 }
+SANITIZED = [(tool, precision) for tool in ("memcheck", "racecheck", "synccheck") for precision in ("float32", "tf32")]
+SANITIZED_LIMIT = 60.0  # seconds
+WITHOUT = ["--without", "torch.compile"]
+BENCHED = {
+    **{
+        f"bench train {arch}": ["train", *(f"--rows={arch} training step, B {B}" for B in (32, 128)), *WITHOUT]
+        for arch in ARCHITECTURES
+    },
+    "bench infer": ["infer", "--rows", "inference, B 32", "--rows", "inference, B 128", *WITHOUT],
+    "bench kernels": ["kernels", "--rows", "B 32", "--rows", "dense", *WITHOUT],
+    "bench compiled": ["train", "--rows", "training step, B 32", "--without", "jax", "--without", "jax-tf32"],
+}
+SECTIONS = (
+    *(name for name in CHECKS if not name.startswith("small")),
+    *(f"{tool} {precision}" for tool, precision in SANITIZED),
+    *BENCHED,
+)
 
 
 def disagreements(results: Any, path: str = "") -> Iterator[str]:
@@ -351,80 +244,199 @@ def disagreements(results: Any, path: str = "") -> Iterator[str]:
         yield from disagreements(value, f"{path} / {key}" if path else key)
 
 
-def run_section(name: str, limit: float) -> Results:
-    """One section in a process of its own."""
-    started = time.monotonic()
-    command = [sys.executable, str(Path(__file__).resolve()), "--section", name]
-    try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=limit, check=False)
-    except subprocess.TimeoutExpired:
-        return {"section failed": f"not finished after {limit:.0f} s"}
-    seconds = round(time.monotonic() - started, 1)
-    if done.returncode:
-        return {"section failed": f"exit status {done.returncode}", "seconds": seconds}
-    return {**json.loads(done.stdout.splitlines()[-1]), "seconds": seconds}
+class Check:
+    """One call of the program: what it was asked, what there is so far."""
+
+    def __init__(self, options: Any) -> None:
+        self.options, self.out = options, options.out
+        self.end = time.monotonic() + options.time
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.work = options.work or self.out.with_name(f"{self.out.name}-work")
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        self.results: Results = {}
+        if options.resume:
+            self.take_over(options.resume)
+
+    def take_over(self, earlier: Path) -> None:
+        """What an earlier call left: results, and the finished folds of cross-validations."""
+        found = earlier / "gpu_check.json"
+        self.results = json.loads(found.read_text()) if found.exists() else {}
+        for path in earlier.glob("*"):
+            if path.is_file() and path.resolve().parent != self.out.resolve():
+                shutil.copyfile(path, self.out / path.name)
+        for path in self.out.glob("*.tar.gz"):
+            with tarfile.open(path) as archive:
+                archive.extractall(self.work, filter="data")
+
+    @property
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def keep(self, name: str, result: Results) -> None:
+        self.results[name] = result
+        temporary = self.out / ".gpu_check.json"
+        temporary.write_text(json.dumps(self.results, indent=1) + "\n")
+        os.replace(temporary, self.out / "gpu_check.json")
+        failed = list(disagreements({name: result}))
+        print(f"{name}: {'; '.join(failed) if failed else result.get('skipped', 'done')}", flush=True)
+
+    def wanted(self, name: str) -> bool:
+        """Whether a section is asked for and was not finished by an earlier call."""
+        only, before = self.options.only, self.results.get(name, {})
+        return (not only or any(word in name for word in only)) and ("section failed" in before or not before)
+
+    def run(self, command: Sequence[str], limit: float) -> tuple[int | None, str]:
+        """(exit status, None when it was ended for the time; standard output). The log has the rest."""
+        with (self.out / "log.txt").open("a") as log:
+            print("+", shlex.join(command), file=log, flush=True)
+            process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=log, text=True, env=self.environment, cwd=ROOT
+            )
+            try:
+                printed, _ = process.communicate(timeout=max(1.0, limit))
+                status: int | None = process.returncode
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGINT)  # bench ends its workers, and npser.train writes its report
+                try:
+                    printed, _ = process.communicate(timeout=10)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    printed, _ = process.communicate()
+                status = None
+            log.write(printed)
+        return status, printed
+
+    def section(self, name: str) -> Results:
+        """A section in a process of its own."""
+        started = time.monotonic()
+        limit = min(self.options.limit, self.left)
+        ending = f"not finished after {limit:.0f} s"
+        if name in BENCHED:
+            path = self.work / "bench.json"
+            path.unlink(missing_ok=True)
+            command = [sys.executable, "-m", "bench", *BENCHED[name], "--device", "cuda", "--json", str(path)]
+            status, _ = self.run(command, limit)
+            result: Results = json.loads(path.read_text()) if path.exists() else {}
+            if status != 0:
+                result["section failed"] = ending if status is None else f"exit status {status}: see log.txt"
+        else:
+            command = [sys.executable, str(Path(__file__).resolve()), "--section", name]
+            command += ["--dry"] if self.options.dry else []
+            tool, _, rest = name.partition(" ")
+            if (tool, rest) in SANITIZED:
+                sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+                if not Path(sanitizer).exists():
+                    return {"skipped": "compute-sanitizer is not installed"}
+                limit = min(limit, SANITIZED_LIMIT)
+                command[-1 - self.options.dry] = f"small {rest}"
+                command = [sanitizer, "--tool", tool, "--error-exitcode", "99", *command]
+            status, printed = self.run(command, limit)
+            lines = [line for line in printed.splitlines() if line.startswith("{")]
+            result = json.loads(lines[-1]) if lines and status is not None else {}
+            if status != 0:
+                result["section failed"] = ending if status is None else f"exit status {status}: see log.txt"
+            if tool in dict(SANITIZED):
+                result = {key: result[key] for key in ("section failed",) if key in result}
+                result["report"] = [line for line in printed.splitlines() if line.startswith("=========")][-20:]
+        return {**result, "seconds": round(time.monotonic() - started, 1)}
+
+    def cross_validate(self, arch: str) -> Results:
+        """The paper's protocol, for as long as is left. The run folder is packed after every few folds."""
+        started, folder = time.monotonic(), self.work / arch
+        command = [sys.executable, "-m", "npser.train", "--arch", arch, "--data", str(self.options.wavs.resolve())]
+        command += ["--backend", "cuda", "--precision", self.options.precision, "--no-checkpoint"]
+        command += ["--out", str(folder), *shlex.split(self.options.train)]
+        finished = self.folds(arch)
+        with (self.out / "log.txt").open("a") as log:
+            print("+", shlex.join(command), file=log, flush=True)
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=self.environment, cwd=ROOT)
+            while process.poll() is None and self.left > 0:
+                time.sleep(min(2.0, max(0.1, self.left)))
+                if self.folds(arch) > finished:
+                    finished = self.folds(arch)
+                    self.pack(arch)
+            out_of_time = process.poll() is None
+            if out_of_time:
+                process.send_signal(signal.SIGINT)
+                try:
+                    process.wait(timeout=10)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+            status = process.wait()
+        self.pack(arch)
+        before = self.results.get(f"cross-validation {arch}", {}).get("seconds", 0)
+        result: Results = {"out_of_time": out_of_time, "finished_folds": self.folds(arch)}
+        result["seconds"] = round(before + time.monotonic() - started, 1)
+        if status != 0:
+            result["section failed"] = "out of time: go on with --resume" if out_of_time else f"exit status {status}"
+        return result
+
+    def folds(self, arch: str) -> int:
+        return len(list((self.work / arch / "folds").glob("*.json")))
+
+    def pack(self, arch: str) -> None:
+        if (self.work / arch).exists():
+            temporary = self.out / f".{arch}.tar.gz"
+            with tarfile.open(temporary, "w:gz") as archive:
+                archive.add(self.work / arch, arcname=arch)
+            os.replace(temporary, self.out / f"{arch}.tar.gz")
+
+    def everything(self) -> None:
+        for name in SECTIONS:
+            if self.wanted(name) and self.left > 5:
+                self.keep(name, self.section(name))
+            if name == "launching" and list(disagreements(self.results.get(name, {}), name)):
+                self.environment["KERNELS_CUDA_LAUNCHER"] = "numba"
+                self.keep("launching through Numba", self.section(name))
+        for arch in ARCHITECTURES if self.options.wavs else ():
+            name = f"cross-validation {arch}"
+            if self.wanted(name) and self.left > 5:
+                self.keep(name, self.cross_validate(arch))
 
 
-def cross_validate(arch: str, wavs: Path, out: Path, precision: str, seconds: float) -> Results:
-    """The paper's protocol, for at most so long; finished folds are in the run folder, and can be gone on from."""
-    started = time.monotonic()
-    command = [sys.executable, "-m", "npser.train", "--arch", arch, "--data", str(wavs), "--backend", "cuda"]
-    command += ["--precision", precision, "--no-checkpoint", "--out", str(out / arch)]
-    log = out / f"{arch}.log"
-    with log.open("w") as file:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        try:
-            status: int | None = subprocess.run(
-                command, stdout=file, stderr=subprocess.STDOUT, timeout=seconds, env=environment, check=False
-            ).returncode
-        except subprocess.TimeoutExpired:
-            status = None
-    folds = len(list((out / arch / "folds").glob("*.json")))
-    taken = round(time.monotonic() - started, 1)
-    return {"exit_status": status, "out_of_time": status is None, "finished_folds": folds, "seconds": taken}
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="bench/gpu_check.py", description=(__doc__ or "").split("\n\n")[1])
+    p.add_argument("--out", type=Path, default=Path("gpu_check"), help="folder for results (default: gpu_check)")
+    p.add_argument("--work", type=Path, help="folder for the run folders (default: OUT-work)")
+    p.add_argument("--resume", type=Path, metavar="FOLDER", help="OUT of an earlier call, to go on from")
+    p.add_argument("--wavs", type=Path, help="folder of EMO-DB's recordings, for the cross-validations")
+    p.add_argument("--time", type=float, default=570.0, help="seconds for everything (default: 570)")
+    p.add_argument("--limit", type=float, default=180.0, help="seconds that a section may take (default: 180)")
+    p.add_argument("--precision", default="float32", choices=("float32", "tf32"), help="of the cross-validations")
+    p.add_argument("--train", default="", metavar="OPTIONS", help="more options of npser.train, such as '--epochs 5'")
+    p.add_argument("--only", action="append", default=[], metavar="WORD", help="sections with this word in their name")
+    p.add_argument("--dry", action="store_true", help="try the program in Numba's simulator, with tiny sizes")
+    p.add_argument("--section", choices=CHECKS, help=argparse.SUPPRESS)  # what a process of its own is asked for
+    return p
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    p = argparse.ArgumentParser(prog="bench/gpu_check.py", description=(__doc__ or "").split("\n\n")[1])
-    p.add_argument("--out", type=Path, default=Path("gpu_check"), help="folder for results (default: gpu_check)")
-    p.add_argument("--wavs", type=Path, help="folder of EMO-DB's recordings, for the cross-validations")
-    p.add_argument("--budget", type=float, default=0.0, help="seconds for the cross-validations (default: 0, none)")
-    p.add_argument("--precision", default="float32", choices=("float32", "tf32"), help="of the cross-validations")
-    p.add_argument("--limit", type=float, default=240.0, help="seconds that a section may take (default: 240)")
-    p.add_argument("--only", action="append", default=[], metavar="WORD", help="sections with this word in their name")
-    p.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)  # what a process of its own is asked for
-    options = p.parse_args(arguments)
-
+    options = parser().parse_args(arguments)
     import kernels
 
     try:
-        k = kernels.rung("cuda")
+        if options.dry:
+            from kernels.cuda import allow_simulator
+
+            allow_simulator()
+            sys.setswitchinterval(1e-4)  # the simulator polls its threads
+            shrink(TINY_DENSE, TINY_LSTMS, TINY_BLOCKS, {"filters": 2, "hidden": 3, "bins": 4, "classes": 7})
+        kernels.rung("cuda")
     except kernels.Unavailable as error:
         print(f"bench/gpu_check.py: {error}", file=sys.stderr)
         return 2
     if options.section:
-        print(json.dumps(SECTIONS[options.section]()))
+        if options.section.startswith("small") and not options.dry:
+            shrink(SMALL_DENSE, SMALL_LSTMS, SMALL_BLOCKS, {})
+        print(json.dumps(CHECKS[options.section]()), flush=True)
         return 0
     from npser.cli import machine, versions
 
-    options.out.mkdir(parents=True, exist_ok=True)
-    results: Results = {"gpu": k.device_name(), "machine": machine(), "versions": versions()}
-
-    def keep(name: str, result: Results) -> None:
-        results[name] = result
-        (options.out / "gpu_check.json").write_text(json.dumps(results, indent=1) + "\n")
-        failed = list(disagreements({name: result}))
-        print(f"{name}: {'; '.join(failed) if failed else 'done'} ({result.get('seconds')} s)", flush=True)
-
-    for name in SECTIONS:
-        if not options.only or any(word in name for word in options.only):
-            keep(name, run_section(name, options.limit))
-    end = time.monotonic() + options.budget
-    for arch in ARCHITECTURES if options.wavs and options.budget > 0 else ():
-        left = end - time.monotonic()
-        if left > 5:
-            keep(f"cross-validation {arch}", cross_validate(arch, options.wavs, options.out, options.precision, left))
-    return 1 if list(disagreements(results)) else 0
+    check = Check(options)
+    check.keep("machine", {"machine": machine(), "versions": versions(), "arguments": sys.argv[1:]})
+    check.everything()
+    return 1 if list(disagreements(check.results)) else 0
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Every thread is a Python thread here, so tiles and sizes are tiny; sizes are odd
 """
 
 import inspect
-import json
 import sys
 
 import numpy as np
@@ -14,6 +13,7 @@ import pytest
 import soundfile
 
 import kernels
+from bench import workloads
 from kernels import host, reference
 from kernels.cuda import allow_simulator, arrays, device, lstm, matmul
 from kernels.reference import DEAD
@@ -93,7 +93,8 @@ def test_same_operations_and_arguments():
 
 # --- products ----------------------------------------------------------------------------------------------------
 
-SIZES = [(1, 1, 1), (3, 5, 7), (5, 17, 33), (18, 19, 9), (2, 3, 70)]  # rows, inputs, outputs
+# Rows, inputs, outputs; the last two are read four numbers at a time.
+SIZES = [(1, 1, 1), (3, 5, 7), (5, 17, 33), (18, 19, 9), (2, 3, 70), (4, 8, 20), (20, 12, 4)]
 
 
 @pytest.mark.parametrize(("N", "I", "J"), SIZES)
@@ -105,7 +106,7 @@ def test_dense(N, I, J):
     agree("dense_backward_bias", dy)
 
 
-@pytest.mark.parametrize(("N", "I", "J"), [(3, 5, 7), (70, 3, 2), (4, 17, 18)])
+@pytest.mark.parametrize(("N", "I", "J"), [(3, 5, 7), (70, 3, 2), (4, 17, 18), (8, 4, 20)])
 def test_dense_update(N, I, J):
     """(70, 3, 2) is summed in parts, the others in one."""
     x, dy, w, v = numbers(N, I), numbers(N, J), numbers(I, J), numbers(I, J)
@@ -115,6 +116,15 @@ def test_dense_update(N, I, J):
     reference.dense_update_weights(wide(x), wide(dy), *truth, 0.1, 0.8)
     for got, true in zip(ours, truth, strict=True):
         np.testing.assert_allclose(arrays.asnumpy(got), true, rtol=1e-5, atol=1e-5)
+
+
+def test_a_part_of_an_array_need_not_begin_where_four_numbers_do():
+    """Rows of 8 from the first number of a row of 5 on: sizes divide by four, places do not."""
+    x, w, b = on_device(numbers(5, 3))[1:4].reshape(-1)[:8].reshape(1, 8), numbers(8, 4), numbers(4)
+    y = cuda.dense_forward(x, on_device(w), on_device(b))
+    np.testing.assert_allclose(arrays.asnumpy(y), wide(arrays.asnumpy(x)) @ w + b, rtol=1e-5, atol=1e-5)
+    assert not matmul._in_fours(matmul.whole(x), 8)
+    assert matmul._in_fours(matmul.whole(on_device(w)), 4)
 
 
 def test_long_sums_are_cut_into_parts():
@@ -138,8 +148,8 @@ def test_the_gpus_tiles(shape, layout):
     b_there = on_device(b.T if layout == matmul.TURNED_B else b)
     out = arrays.asarray(np.full((M, N), np.nan, np.float32))
     run(
-        (1, 1, 1), a_there.flat, 0, a_there.shape[1], b_there.flat, 0, b_there.shape[1],
-        out.flat, on_device(bias).flat, M, N, K, 8, 0.0, 0.0,
+        (1, 1, 1), a_there, 0, a_there.shape[1], b_there, 0, b_there.shape[1],
+        out, on_device(bias), M, N, K, 16, 0, 0.0, 0.0,
     )  # fmt: skip
     np.testing.assert_allclose(arrays.asnumpy(out), wide(a) @ b + bias, rtol=1e-5, atol=1e-5)
 
@@ -206,6 +216,7 @@ def test_lstm_with_weights_in_all_three_places(monkeypatch, bytes_granted):
     """A sequence of 11 units: 4 rows of weights in registers, the others in shared memory, or read every step."""
     B, T, H = 2, 3, 11
     monkeypatch.setattr(lstm, "SEQUENCE_UNITS", 11)
+    monkeypatch.setattr(lstm, "SEQUENCE_THREADS", 4 * 11)
     least = 4 * (4 * 12 + 4 * H)
     kept = []
     original = lstm._sequence_memory
@@ -274,6 +285,9 @@ def test_moving():
     same("windows_forward", x, frames=5, hop=2, count=4)
     same("windows_backward", numbers(2, 4, 5, 3), total=11, hop=2)
     same("take_windows", numbers(20, 3), np.array([3, 0, 15]), length=5)
+    place = np.array([[0, 1, 2], [1, 2, 4]])
+    same("take_rows", numbers(5, 7), place)
+    same("add_rows", numbers(6, 7), place, count=5)
     same("zeros_like", x)
     for longest in (0.5, 100.0):
         ours = arrays.shortened([on_device(x), on_device(2 * x[0])], longest)
@@ -299,11 +313,11 @@ def test_arrays():
 
 def test_memory_is_used_again():
     x = device.empty((5, 13))
-    place, view = x.flat, x[:2]
+    place, view = x.memory, x[:2]
     del x
-    assert device.empty((13, 5)).flat is not place  # the view still holds it
+    assert device.empty((13, 5)).memory is not place  # the view still holds it
     del view
-    assert device.empty((65,)).flat is place
+    assert device.empty((65,)).memory is place
 
 
 def test_wrong_operands():
@@ -442,63 +456,62 @@ def test_divergence_is_found_when_the_tally_is_read():
         list(train_epochs(model, SGD(), task, progress))
 
 
-# --- bench/gpu_check.py ------------------------------------------------------------------------------------------
+# --- bench on a device ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def shrunken(monkeypatch):
-    """bench.gpu_check with sizes for the simulator."""
-    from bench import gpu_check
-
-    for name, table in {
-        "DENSE": {"cnn dense1": (2, 9, 3), "lstm inputs": (4, 3, 5), "tdcnn lstm1": (2, 5, 4)},
-        "LSTMS": {"H 128": (2, 2, 2), "H 1024": (2, 2, 5)},
-        "BLOCKS": {"block 1": (1, 4, 4, 1, 2), "block 2": (1, 4, 4, 2, 2)},
-    }.items():
-        monkeypatch.setattr(gpu_check, name, table)
-    for name, value in {
-        "ALONE": (1, 3, 4, 2, 3),
-        "PAPER_BATCH": 2,
-        "BATCHES": (2,),
-        "FRAMES": 300,
-        "COPIED": 64,
-    }.items():
-        monkeypatch.setattr(gpu_check, name, value)
-    return gpu_check
+WORKLOADS = {
+    "conv_block": {"B": 1, "T": 4, "F": 4, "C": 1, "O": 2, "backward": True, "need_dx": False},
+    "conv3x3": {"B": 1, "T": 3, "F": 4, "C": 2, "O": 2, "backward": True},
+    "maxpool": {"B": 1, "T": 4, "F": 4, "C": 2},
+    "relu": {"N": 9},
+    "sgd": {"N": 9},
+    "dense_forward": {"N": 2, "I": 5, "J": 3},
+    "dense_backward_input": {"N": 2, "I": 5, "J": 3},
+    "dense_update": {"N": 2, "I": 5, "J": 3},
+    "lstm": {"B": 2, "T": 2, "I": 3, "H": 2, "backward": True},
+    "cross_entropy": {"B": 3, "K": 4},
+    "train": {"arch": "lstm", "B": 2, "model": SMALL["lstm"]},
+    "infer": {"arch": "cnn", "B": 2, "model": SMALL["cnn"]},
+}
 
 
-def test_check_of_operations(shrunken):
-    results = shrunken.check_operations("float32")
-    assert len(results) == 3 * 5 + 2 * 2 + 2 * 2 + 6
-    assert all(result["agrees"] for result in results.values())
-    assert not list(shrunken.disagreements(json.loads(json.dumps(results))))
-    results["softmax of 7 classes"]["agrees"] = False
-    assert list(shrunken.disagreements({"a": results})) == ["a / softmax of 7 classes"]
+@pytest.mark.parametrize("kind", WORKLOADS)
+def test_the_benchmark_computes_what_the_reference_does(kind):
+    from bench.peers import CUDA_OURS, REFERENCE
+
+    sizes = WORKLOADS[kind]
+    found, truth = (
+        workloads.sampled(candidate.prepare(kind, workloads.inputs(kind, sizes), sizes).outputs())
+        for candidate in (CUDA_OURS, REFERENCE)
+    )
+    assert workloads.difference(found, truth)[0] <= 1e-4
+    prepared = CUDA_OURS.prepare(kind, workloads.inputs(kind, sizes), sizes)
+    prepared.begin()()
+    from bench.gpu import by_events
+
+    assert prepared.seconds is by_events
 
 
-def test_timings_of_operations(shrunken, monkeypatch):
+def test_what_is_not_timed_on_a_device():
+    from bench.peers import CUDA_OURS
+
+    assert CUDA_OURS.prepare("stft", {}, {"N": 5}) is None
+    assert CUDA_OURS.prepare("label", {}, {}) is None
+
+
+def test_the_peak_is_of_the_multiply_adds_it_counts(monkeypatch):
+    from bench import gpu
+
     calls = []
 
-    def once(work):
-        calls.append(work())
-        return {"median": 1.0, "least": 1.0}
+    def once(call, count):
+        call()
+        calls.append(count)
+        return 1e-3
 
-    monkeypatch.setattr(shrunken, "milliseconds", once)
-    monkeypatch.setattr(shrunken, "ceilings", lambda: {"float32_flops": 1e12, "bytes_per_second": 1e12})
-    results = shrunken.time_kernels("float32")
-    assert len(calls) == len(json.loads(json.dumps(results))) - 2 == 24
-
-
-def test_losses_and_steps(shrunken, monkeypatch):
-    """On the cpu, which offers the same: it is the program that is tested here."""
-    import npser.models
-
-    def small(arch, backend, seed):
-        return build_model(arch, backend="cpu", seed=seed, filters=2, hidden=4)
-
-    monkeypatch.setattr(npser.models, "build_model", small)
-    monkeypatch.setattr(shrunken, "milliseconds", lambda work: work())
-    assert len(shrunken.time_steps("float32")) == 6
-    result = shrunken.check_losses("lstm")
-    assert result["agrees"]
-    assert len(result["losses"]["cuda"]) == 10
+    monkeypatch.setattr(gpu, "by_events", once)
+    rates = gpu.measure(steps=24)
+    threads = 8 * device.multiprocessors() * device.THREADS
+    assert rates["flops"] == 2 * gpu.SUMS * 24 * threads / 1e-3
+    assert rates["read"] == 8 * gpu.COPIED / 1e-3
+    assert len(calls) == 2 * (gpu.REPEATS + 1)

@@ -1,11 +1,17 @@
 """`kernels.cuda` on a machine without a GPU: in the simulator, and compiled for GPUs that are not there."""
 
+import ctypes
 import importlib.util
+import json
 import os
 import re
+import struct
 import subprocess
 import sys
+import tarfile
+import types
 
+import numpy as np
 import pytest
 from conftest import ROOT, run_module
 
@@ -29,34 +35,22 @@ def test_simulated():
 # --- compiled for GPUs that are not there ------------------------------------------------------------------------
 
 
-def assemble(ptx, capability):
-    """What the assembler says of PTX: nvJitLink holds the same one as ptxas, and comes with numba-cuda."""
-    nvjitlink = pytest.importorskip("cuda.bindings.nvjitlink", reason="nvJitLink is not installed")
-    options = ["-arch=sm_{}{}".format(*capability), "-verbose"]
-    handle = nvjitlink.create(len(options), options)
-    data = ptx.encode() + b"\0"
-    nvjitlink.add_data(handle, nvjitlink.InputType.PTX, data, len(data), "kernel")
-    nvjitlink.complete(handle)
-    log = bytearray(nvjitlink.get_info_log_size(handle))
-    nvjitlink.get_info_log(handle, log)
-    return log.decode(), "{}.{}".format(*nvjitlink.version())
-
-
 @pytest.fixture(scope="module")
 def compiled():
     """(capability, kernel) -> (PTX, registers, bytes of shared memory, the assembler's log, its version)."""
-    from kernels.cuda import arrays, device
+    nvjitlink = pytest.importorskip("cuda.bindings.nvjitlink", reason="nvJitLink is not installed")
+    from kernels.cuda import arrays, device, launching
 
     assert arrays  # with it, every module that has kernels is imported
     results = {}
     for name, kernel in device.KERNELS.items():
         for capability in CAPABILITIES:
-            ptx, _ = device.cuda.compile_ptx(kernel.function, kernel.signature, cc=capability, **kernel.options)
-            log, version = assemble(ptx, capability)
+            ptx = kernel.ptx(capability)
+            _, log = launching.assemble(ptx, capability)
             registers = max(map(int, re.findall(r"Used (\d+) registers", log)))
             # From 9.0 on, the system keeps 1 KB of a block's shared memory for itself, where there is any.
             shared = int(re.search(r"(\d+) bytes smem", log)[1]) - (1024 if capability >= (9, 0) else 0)
-            results[capability, name] = ptx, registers, max(shared, 0), log, version
+            results[capability, name] = ptx, registers, max(shared, 0), log, "{}.{}".format(*nvjitlink.version())
     return results
 
 
@@ -82,11 +76,143 @@ def test_vector_loads_and_tensor_cores_are_there(compiled):
 
 
 @needs_numba_cuda
+def test_memory_is_read_and_written_four_numbers_at_a_time(compiled):
+    for (_, name), (ptx, *_) in compiled.items():
+        if re.match("product_(wide|flat)", name):
+            assert "ld.global.v4" in ptx, name
+        if re.match("product_(wide|flat)|conv_relu_pool_(1|many|dx)|conv3x3$", name):
+            assert "st.global.v4" in ptx, name
+        if re.match("product_tensor", name):
+            assert "ld.global.v4" in ptx, name
+            assert "st.global.v2" in ptx, name
+
+
+@needs_numba_cuda
+def test_no_place_in_an_array_is_counted_from_its_end(compiled):
+    """Numba reads an array's size to do that: `index` keeps it out of the kernels in which it would cost most."""
+    for (_, name), (ptx, *_) in compiled.items():
+        if re.match("product|conv|lstm_sequence|sum_parts", name):
+            assert not re.search(r"ld\.param\S* .*_param_5\]", ptx), name  # the size of the first array
+
+
+@needs_numba_cuda
 def test_no_double_precision_by_accident(compiled):
     """A Python float in a kernel makes everything near it float64."""
     wanted = {"squares", "scale", "tally"}
-    double = {name for (_, name), (ptx, *_) in compiled.items() if re.search(r"\b(add|mul|fma|div)\S*\.f64", ptx)}
+    double = {name for (_, name), (ptx, *_) in compiled.items() if re.search(r"\.f64\b", ptx)}
     assert double == wanted
+
+
+# --- how they are launched ---------------------------------------------------------------------------------------
+
+
+@needs_numba_cuda
+def test_the_slots_of_arguments_are_those_of_the_ptx(compiled):
+    """What `launching.Arguments` packs has the number, the order and the types that the kernel was compiled for."""
+    from kernels.cuda import device, launching
+
+    slots = {"q": [".u64"], "i": [".u32"], "f": [".f32"], "P": [".u64"] * launching.ARRAY_SLOTS}
+    for (_, name), (ptx, *_) in compiled.items():
+        kernel = device.KERNELS[name]
+        header = ptx[ptx.index(".entry ") :].split(")", 1)[0]
+        found = re.findall(r"\.param (\.\w+) ", header)
+        assert found == [t for kind in kernel.kinds for t in slots[kind]], name
+        assert launching.Arguments(kernel.kinds).layout.size == launching.SLOT * len(found)
+        assert launching.entry_of(ptx) in header
+        # Of an array, the address alone is used, and sometimes the size, which is right.
+        first = 0
+        for kind in kernel.kinds:
+            if kind == "P":
+                unused = "|".join(str(first + slot) for slot in (0, 1, 2, 3, 6))
+                assert not re.search(rf"ld\.param\S* .*_param_({unused})\]", ptx), name
+            first += len(slots[kind])
+
+
+def test_arguments_are_packed():
+    from kernels.cuda.launching import SLOT, Arguments
+
+    arguments = Arguments(["P", "i", "f", "q"])
+    arguments.pack(arguments.memory, 0, 0, 0, 5, 4, 0xABC0, 5, 4, -7, 0.25, -(2**40))
+    slots = [arguments.memory.raw[at : at + SLOT] for at in range(0, len(arguments.memory.raw), SLOT)]
+    assert struct.unpack("<7q", b"".join(slots[:7])) == (0, 0, 5, 4, 0xABC0, 5, 4)
+    assert struct.unpack("<i", slots[7][:4]) == (-7,)
+    assert struct.unpack("<f", slots[8][:4]) == (0.25,)
+    assert struct.unpack("<q", slots[9]) == (-(2**40),)
+    places = (ctypes.c_void_p * 10).from_address(arguments.address)
+    assert list(places) == [ctypes.addressof(arguments.memory) + SLOT * slot for slot in range(10)]
+
+
+@needs_numba_cuda
+def test_a_launch_hands_the_driver_addresses_and_sizes(monkeypatch):
+    """A kernel with a driver that writes down what it is told: views begin where they should."""
+    from kernels.cuda import device
+
+    told = []
+    loaded = types.SimpleNamespace(launch=lambda *details: told.append(details))
+    kernel = device.KERNELS["sgd"]
+    monkeypatch.setattr(kernel, "_loaded", loaded)
+    monkeypatch.setattr(device, "DIRECT", True)
+    monkeypatch.setattr(device, "_stream_handle", lambda: 77)
+    whole = (0, 0, 30, 4, 4096, 30, 4)
+    memory = types.SimpleNamespace(address=4096, dtype=np.dtype(np.float32), slots=whole)
+    base = device.Array(memory, (6, 5))
+    view = device.Array(memory, (2, 5), first=10, base=base)
+    monkeypatch.setattr(device, "_pool", {})
+    kernel(3, view, base, base, 10, 0.5, 0.25, shared=64)
+    assert told == [((3, 1, 1), 256, 64, 77, [0, 0, 10, 4, 4136, 10, 4, *whole, *whole, 10, 0.5, 0.25])]
+
+
+@needs_numba_cuda
+def test_compiled_kernels_are_kept(tmp_path, monkeypatch):
+    pytest.importorskip("cuda.bindings.nvjitlink", reason="nvJitLink is not installed")
+    from kernels.cuda import device, launching
+
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    launching._folder.cache_clear()
+    calls = []
+
+    def ptx():
+        calls.append(1)
+        return device.KERNELS["sgd"].ptx((8, 0))
+
+    first, second = (launching.kept("sgd", (8, 0), "versions", ptx) for _ in range(2))
+    launching._folder.cache_clear()
+    assert first == second
+    assert len(calls) == 1
+    assert first[0][:4] == b"\x7fELF"
+    assert first[1].encode() in first[0]
+    (path,) = tmp_path.rglob("*.cubin")
+    path.write_bytes(b"")  # an empty file is none
+    assert launching.kept("sgd", (8, 0), "versions", ptx)[0][:4] == b"\x7fELF"
+    assert len(calls) == 2
+    launching._folder.cache_clear()
+
+
+@needs_numba_cuda
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (RuntimeError("Call to cuMemAlloc results in CUDA_ERROR_OUT_OF_MEMORY"), True),
+        (MemoryError("out of memory"), True),
+        (RuntimeError("an illegal memory access was encountered"), False),
+    ],
+)
+def test_too_little_memory_is_one_line(monkeypatch, error, line):
+    """What waits in the pool is given back first; other faults are not taken for it."""
+    from kernels.cuda import device
+
+    def refuse(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(device, "_pool", {("f", 3): ["waiting"]})
+    monkeypatch.setattr(device, "stream", lambda: 0)
+    monkeypatch.setattr(device, "cuda", types.SimpleNamespace(device_array=refuse))
+    with pytest.raises(kernels.Unavailable if line else RuntimeError) as raised:
+        device.empty((1000, 1000))
+    assert (device._pool == {}) == line
+    if line:
+        message = "the GPU's memory does not suffice (4 MB more were asked for): use smaller batches, or the cpu"
+        assert str(raised.value) == message
 
 
 @needs_numba_cuda
@@ -168,10 +294,69 @@ def test_models_say_so_too():
         build_model("lstm", backend="cuda")
 
 
-def test_precision_needs_the_gpu():
-    result = run_module("npser.train", "--arch", "lstm", "--precision", "tf32")
-    assert (result.returncode, result.stdout) == (2, "")
-    assert "--precision tf32" in result.stderr
+@pytest.mark.parametrize("command", [("npser.train", "--arch", "lstm"), ("npser.predict", "m.npz", "a.wav")])
+def test_precision_needs_the_gpu(command):
+    result = run_module(*command, "--precision", "tf32")
+    line = f"{command[0]}: --precision tf32: the cpu has float32 only: add --backend cuda\n"
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", line)
+
+
+@pytest.mark.skipif(gpu_is_there(), reason="there is a GPU")
+def test_the_benchmark_needs_one_too(tmp_path):
+    result = run_module("bench", "train", "--device", "cuda", cwd=tmp_path)
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert result.stderr.startswith("bench: --device cuda: ")
+
+
+@needs_numba_cuda
+def test_the_simulator_is_not_timed(tmp_path):
+    result = run_module("bench", "train", "--device", "cuda", cwd=tmp_path, env={"NUMBA_ENABLE_CUDASIM": "1"})
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert "the simulator is for tests" in result.stderr
+
+
+@needs_numba_cuda
+def test_workers_share_the_gpu_and_a_missing_one_is_one_line(tmp_path):
+    line = refused("--out", tmp_path / "out", "--workers", "2", "--threads", "2", NUMBA_ENABLE_CUDASIM="1")
+    assert "NUMBA_ENABLE_CUDASIM" in line
+
+
+@needs_numba_cuda
+def test_the_check_of_a_gpu_tries_itself(tmp_path, tones):
+    """bench/gpu_check.py in the simulator, twice: the second call goes on where the first one ended."""
+    only = ("launching", "parity float32", "memcheck float32", "bench infer", "cross-validation lstm")
+    command = [sys.executable, str(ROOT / "bench" / "gpu_check.py"), "--dry", "--wavs", str(tones)]
+    command += [part for word in only for part in ("--only", word)]
+    command += ["--train", "--backend cpu --epochs 1 --folds 2 --repeats 1"]
+    environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1"}
+    for out, more in ((tmp_path / "one", ()), (tmp_path / "two", ("--resume", str(tmp_path / "one")))):
+        result = subprocess.run(
+            [*command, "--out", str(out), *more], capture_output=True, text=True, env=environment, check=False
+        )
+        found = json.loads((out / "gpu_check.json").read_text())
+        # The benchmark refuses the simulator, and so should the check as a whole.
+        assert result.returncode == 1, result.stderr
+        assert found["bench infer"]["section failed"] == "exit status 2: see log.txt"
+        assert "the simulator is for tests" in (out / "log.txt").read_text()
+        assert found["launching"]["agrees"] is True
+        operations = [value for value in found["parity float32"].values() if isinstance(value, dict)]
+        assert len(operations) == 2 * 5 + 2 * 2 + 2 * 2 + 6
+        assert all(operation["agrees"] for operation in operations)
+        assert "skipped" in found["memcheck float32"] or "report" in found["memcheck float32"]
+        assert found["cross-validation lstm"]["finished_folds"] == 2
+        with tarfile.open(out / "lstm.tar.gz") as archive:
+            assert sum(name.startswith("lstm/folds/") for name in archive.getnames()) == 2
+        assert all(path.is_file() for path in out.iterdir())
+        assert {path.name for path in out.iterdir()} == {"gpu_check.json", "log.txt", "lstm.tar.gz"}
+    assert "launching" not in result.stdout  # the second call found it done
+
+
+@needs_numba_cuda
+def test_what_the_check_calls_a_disagreement():
+    from bench.gpu_check import disagreements
+
+    results = {"parity": {"softmax": {"agrees": False}, "relu": {"agrees": True}}, "bench": {"section failed": "x"}}
+    assert list(disagreements(results)) == ["parity / softmax", "bench"]
 
 
 @needs_numba_cuda

@@ -1,8 +1,9 @@
 """Every operation of `kernels.reference` for an NVIDIA GPU: numba.cuda, float32, no cuDNN and no cuBLAS.
 
-device.py is the GPU: arrays, stream, kernels; the only module that imports numba.cuda. arrays.py holds what
-`kernels.host` does for NumPy. matmul.py, tf32.py, dense.py, conv.py, lstm.py and elementwise.py hold the operations,
-under the names that they have on the other rungs and in the same order of arguments, each with its floor.
+device.py is the GPU: arrays, stream, kernels; the only module that imports numba.cuda. launching.py keeps compiled
+kernels and has the driver launch them. arrays.py holds what `kernels.host` does for NumPy. matmul.py, tf32.py,
+dense.py, conv.py, lstm.py and elementwise.py hold the operations, under the names that they have on the other rungs and
+in the same order of arguments, each with its floor.
 
 Operands are arrays on the device (`arrays.asarray`); a TypeError or ValueError names one that is not, or does not fit.
 No operation waits for the device, and none adds up in an order that depends on timing: the same call gives the same
@@ -14,28 +15,28 @@ launch). None spills registers to memory. `tests/test_cuda.py` keeps this table 
 
 | kernel                           | registers | shared bytes |
 | -------------------------------- | --------: | -----------: |
-| product_wide_plain_store         |       117 |         8448 |
-| product_wide_plain_bias          |       117 |         8448 |
-| product_wide_turned_b_store      |       122 |         8448 |
-| product_wide_turned_a_store      |       115 |         8448 |
-| product_wide_turned_a_update     |       113 |         8448 |
-| product_flat_plain_store         |       110 |        10752 |
-| product_flat_plain_bias          |       110 |        10752 |
-| product_flat_turned_b_store      |       124 |        10752 |
-| product_tensor_plain_store       |       128 |        17408 |
-| product_tensor_plain_bias        |       128 |        17408 |
-| product_tensor_turned_b_store    |       128 |        17408 |
-| product_tensor_turned_a_store    |       124 |        17408 |
-| product_tensor_turned_a_update   |       123 |        17408 |
-| conv_relu_pool_1                 |       122 |         2448 |
-| conv_relu_pool_many              |       127 |        19584 |
-| conv3x3                          |       127 |        19584 |
-| conv_relu_pool_dx                |       114 |        19584 |
-| conv_relu_pool_dw_1              |        96 |        19152 |
-| conv_relu_pool_dw_many           |       128 |        31232 |
-| conv3x3_dw                       |       128 |        15872 |
+| product_wide_plain_store         |       120 |        16896 |
+| product_wide_plain_bias          |       128 |        16896 |
+| product_wide_turned_b_store      |       121 |        16896 |
+| product_wide_turned_a_store      |       122 |        16896 |
+| product_wide_turned_a_update     |       120 |        16896 |
+| product_flat_plain_store         |       111 |        10752 |
+| product_flat_plain_bias          |        99 |        10752 |
+| product_flat_turned_b_store      |        95 |        10752 |
+| product_tensor_plain_store       |       124 |        17408 |
+| product_tensor_plain_bias        |       124 |        17408 |
+| product_tensor_turned_b_store    |       125 |        17408 |
+| product_tensor_turned_a_store    |       126 |        17408 |
+| product_tensor_turned_a_update   |       126 |        17408 |
+| conv_relu_pool_1                 |       128 |         2448 |
+| conv_relu_pool_many              |       126 |        19584 |
+| conv3x3                          |       126 |        19584 |
+| conv_relu_pool_dx                |       104 |        19584 |
+| conv_relu_pool_dw_1              |        94 |        12688 |
+| conv_relu_pool_dw_many           |       128 |        34112 |
+| conv3x3_dw                       |       126 |        16832 |
 | lstm_sequence                    |       126 |            0 |
-| lstm_sequence_backward           |       119 |            0 |
+| lstm_sequence_backward           |       122 |            0 |
 | lstm_step                        |        83 |            0 |
 | lstm_step_backward               |        53 |            0 |
 """

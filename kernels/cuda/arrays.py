@@ -28,8 +28,9 @@ from kernels.cuda.device import (
 )
 
 __all__ = [
-    "WAITS", "Tally", "asarray", "asnumpy", "assign", "diverged", "last_step_backward", "last_step_forward",
-    "shortened", "step_before", "take_windows", "windows_backward", "windows_forward", "zeros_like",
+    "WAITS", "Tally", "add_rows", "asarray", "asnumpy", "assign", "diverged", "last_step_backward",
+    "last_step_forward", "shortened", "step_before", "take_rows", "take_windows", "windows_backward",
+    "windows_forward", "zeros_like",
 ]  # fmt: skip
 
 WAITS = True
@@ -49,6 +50,23 @@ def _clear(x: Flat, n: int) -> None:
 def _take_windows(frames: Flat, starts: Flat, out: Flat, n: int, length: int, F: int) -> None:
     for e in range(cuda.grid(1), n, cuda.gridsize(1)):
         out[e] = frames[starts[e // (length * F)] * F + e % (length * F)]
+
+
+@kernel((F, N, F, I, I))
+def _take_rows(z: Flat, place: Flat, out: Flat, n: int, width: int) -> None:
+    for e in range(cuda.grid(1), n, cuda.gridsize(1)):
+        out[e] = z[place[e // width] * width + e % width]
+
+
+@kernel((F, N, F, I, I, I))
+def _add_rows(dz: Flat, place: Flat, rows: Flat, n: int, steps: int, width: int) -> None:
+    """Every number of the result looks through all steps, in order: no two threads add to the same place."""
+    for e in range(cuda.grid(1), n, cuda.gridsize(1)):
+        value = float32(0)
+        for i in range(steps):
+            if place[i] == e // width:
+                value += dz[i * width + e % width]
+        rows[e] = value
 
 
 @kernel((F, F, I, I, I, I, I, I))
@@ -155,7 +173,7 @@ def asarray(values: Array | NDArray[Any], dtype: DTypeLike | None = None) -> Arr
 
 def zeros_like(x: Array) -> Array:
     zeros = empty(x.shape)
-    _clear(blocks_for(x.size), zeros.flat, x.size)
+    _clear(blocks_for(x.size), zeros, x.size)
     return zeros
 
 
@@ -169,7 +187,7 @@ def take_windows(frames: Array, starts: Array, length: int) -> Array:
     B, F = len(starts), frames.shape[1]
     check(frames=(frames, frames.shape, np.float32), starts=(starts, (B,), np.int32))
     out = empty((B, length, F))
-    _take_windows(blocks_for(out.size), frames.flat, starts.flat, out.flat, out.size, length, F)
+    _take_windows(blocks_for(out.size), frames, starts, out, out.size, length, F)
     return out
 
 
@@ -177,7 +195,7 @@ def windows_forward(x: Array, frames: int, hop: int, count: int) -> Array:
     B, total, F = x.shape
     check(x=(x, (B, frames + (count - 1) * hop, F), np.float32))
     y = empty((B, count, frames, F))
-    _windows(blocks_for(y.size), x.flat, y.flat, y.size, count, frames, hop, total, F)
+    _windows(blocks_for(y.size), x, y, y.size, count, frames, hop, total, F)
     return y
 
 
@@ -185,15 +203,32 @@ def windows_backward(dy: Array, total: int, hop: int) -> Array:
     B, count, frames, F = dy.shape
     check(dy=(dy, dy.shape, np.float32))
     dx = empty((B, total, F))
-    _windows_backward(blocks_for(dx.size), dy.flat, dx.flat, dx.size, count, frames, hop, total, F)
+    _windows_backward(blocks_for(dx.size), dy, dx, dx.size, count, frames, hop, total, F)
     return dx
+
+
+def take_rows(z: Array, place: Array) -> Array:
+    (D, width), (B, T) = z.shape, place.shape
+    check(z=(z, (D, width), np.float32), place=(place, (B, T), np.int32))
+    out = empty((B, T, width))
+    _take_rows(blocks_for(out.size), z.flat, place.flat, out.flat, out.size, width)
+    return out
+
+
+def add_rows(dz: Array, place: Array, count: int) -> Array:
+    B, T = place.shape
+    width = dz.shape[1]
+    check(dz=(dz, (B * T, width), np.float32), place=(place, (B, T), np.int32))
+    rows = empty((count, width))
+    _add_rows(blocks_for(rows.size), dz.flat, place.flat, rows.flat, rows.size, B * T, width)
+    return rows
 
 
 def last_step_forward(x: Array) -> Array:
     B, T, H = x.shape
     check(x=(x, (B, T, H), np.float32))
     y = empty((B, H))
-    _last_step(blocks_for(y.size), x.flat, y.flat, y.size, T, H)
+    _last_step(blocks_for(y.size), x, y, y.size, T, H)
     return y
 
 
@@ -201,7 +236,7 @@ def last_step_backward(dy: Array, T: int) -> Array:
     B, H = dy.shape
     check(dy=(dy, (B, H), np.float32))
     dx = empty((B, T, H))
-    _last_step_backward(blocks_for(dx.size), dy.flat, dx.flat, dx.size, T, H)
+    _last_step_backward(blocks_for(dx.size), dy, dx, dx.size, T, H)
     return dx
 
 
@@ -209,7 +244,7 @@ def step_before(h: Array) -> Array:
     _, T, H = h.shape
     check(h=(h, h.shape, np.float32))
     before = empty(h.shape)
-    _step_before(blocks_for(h.size), h.flat, before.flat, h.size, T, H)
+    _step_before(blocks_for(h.size), h, before, h.size, T, H)
     return before
 
 
@@ -217,10 +252,10 @@ def shortened(gradients: Sequence[Array], longest: float) -> list[Array]:
     """Changes the gradients themselves; the norm is not asked for, so nothing waits."""
     sums, scale = empty((len(gradients) * NORM_BLOCKS,), np.float64), empty((1,))
     for i, dw in enumerate(gradients):
-        _squares(NORM_BLOCKS, dw.flat, dw.size, sums.flat, i * NORM_BLOCKS)
-    _scale(1, sums.flat, sums.size, _constant(longest).flat, scale.flat)
+        _squares(NORM_BLOCKS, dw, dw.size, sums, i * NORM_BLOCKS)
+    _scale(1, sums, sums.size, _constant(longest), scale)
     for dw in gradients:
-        _multiply(blocks_for(dw.size), dw.flat, scale.flat, dw.size)
+        _multiply(blocks_for(dw.size), dw, scale, dw.size)
     return list(gradients)
 
 
@@ -249,7 +284,7 @@ class Tally:
 
     def add(self, loss: Array, p: Array, targets: Array) -> None:
         B, K = p.shape
-        _tally(1, self.sums.flat, loss.flat, p.flat, targets.flat, B, K)
+        _tally(1, self.sums, loss, p, targets, B, K)
 
     def read(self) -> tuple[float, int]:
         loss, right = asnumpy(self.sums)

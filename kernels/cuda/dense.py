@@ -61,7 +61,7 @@ def dense_forward(x: Array, w: Array, b: Array) -> Array:
     return product(whole(x), whole(w), N, J, I, PLAIN, BIAS, extra=b)
 
 
-def dense_backward_input(dy: Array, w: Array) -> Array:
+def dense_backward_input(dy: Array, w: Array, alive: Array | None = None) -> Array:
     """See `kernels.reference.dense_backward_input`."""
     N, I, J = dy.shape[0], *w.shape
     check(dy=(dy, (N, J), np.float32), w=(w, (I, J), np.float32))
@@ -83,7 +83,7 @@ def dense_backward_bias(dy: Array) -> Array:
     count = max(1, min(4 * multiprocessors() // strips, N // (4 * DOWN)))
     part = -(-N // count)
     parts, db = empty((count, J)), empty((J,))
-    _sum_rows((strips, count), dy.flat, parts.flat, N, J, part)
+    _sum_rows((strips, count), dy, parts, N, J, part)
     add_parts(parts, count, db)
     return db
 
@@ -98,4 +98,4 @@ def dense_update_weights(x: Array, dy: Array, w: Array, v: Array, lr: float, mom
 def sgd_update(w: Array, v: Array, dw: Array, lr: float, momentum: float) -> None:
     """See `kernels.reference.sgd_update`."""
     check(w=(w, w.shape, np.float32), v=(v, w.shape, np.float32), dw=(dw, w.shape, np.float32))
-    _sgd(blocks_for(w.size), w.flat, v.flat, dw.flat, w.size, lr, momentum)
+    _sgd(blocks_for(w.size), w, v, dw, w.size, lr, momentum)

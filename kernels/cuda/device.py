@@ -7,18 +7,22 @@ A kernel is a Python function with the types of its arguments and its number of 
         for e in range(cuda.grid(1), n, cuda.gridsize(1)):
             y[e] = 2 * x[e]
 
-    double(blocks, x.flat, y.flat, x.size)
+    double(blocks, x, y, x.size)
 
-It is compiled when it is first launched, and KERNELS lists all of them, so that the tests can compile every one for
-GPUs that are not there. Kernels are given flat arrays and sizes and compute their own places: fewer arguments to pack
-for each launch, and fewer registers. All launches and copies go into one stream, one after the other; nothing waits
-but `asnumpy` and `float`.
+It is compiled when it is first launched, and kept for the next process (launching.py); KERNELS lists all of them, so
+that the tests can compile every one for GPUs that are not there. Kernels see arrays without shape, are given sizes and
+compute their own places: fewer arguments to pack for each launch, and fewer registers. All launches and copies go into
+one stream, one after the other; nothing waits but `asnumpy` and `float`.
 """
 
+import contextlib
 import importlib.util
 import math
+import re
 import warnings
 from collections.abc import Callable, Sequence
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeAlias
 
 import numba as nb
@@ -27,6 +31,7 @@ from numba.core import config as numba_config
 from numpy.typing import NDArray
 
 from kernels import Unavailable
+from kernels.cuda import launching
 
 if importlib.util.find_spec("numba_cuda") is None:
     raise Unavailable("the GPU needs the package numba-cuda: pip install 'npser[cuda13]' (or cuda12)")
@@ -44,8 +49,9 @@ SIMULATED = bool(_config.ENABLE_CUDASIM)
 types: Any = nb.types
 float32, float64, int32, int64, uint8 = nb.float32, nb.float64, nb.int32, nb.int64, nb.uint8
 
-# The types of kernel arguments: flat arrays of float32, int32, uint8 and float64; whole numbers; single reals.
-F, N, P, D, I, R = float32[::1], int32[::1], uint8[::1], float64[::1], int64, float32
+# The types of kernel arguments: flat arrays of float32, int32, uint8 and float64; whole numbers; sizes below 2^31,
+# which make cheaper products; single reals.
+F, N, P, D, I, S, R = float32[::1], int32[::1], uint8[::1], float64[::1], int64, int32, float32
 THREADS = 2 if SIMULATED else 256  # of kernels without a tile
 ALIGN: int | None = None if SIMULATED else 16  # bytes, of shared memory that is read four numbers at once
 
@@ -76,6 +82,7 @@ def require() -> None:
         raise Unavailable("the GPU's compute capability is below 8.0: use the cpu")
 
 
+@lru_cache
 def multiprocessors() -> int:
     """How many blocks run side by side, at the least."""
     return 2 if SIMULATED else int(cuda.get_current_device().MULTIPROCESSOR_COUNT)
@@ -119,19 +126,32 @@ def synchronise() -> None:
 # --- arrays ------------------------------------------------------------------------------------------------------
 
 
+class Memory:
+    """A piece of the device's memory: Numba's one-dimensional array, and its address.
+
+    slots: how the whole of it is handed to a kernel, see `launching`.
+    """
+
+    __slots__ = ("address", "dtype", "numbers", "slots")
+
+    def __init__(self, numbers: Flat, dtype: np.dtype[Any]) -> None:
+        self.numbers, self.dtype = numbers, dtype
+        self.address = 0 if SIMULATED else int(numbers.device_ctypes_pointer.value)
+        self.slots = launching.slots(self.address, numbers.size, dtype.itemsize)
+
+
 class Array:
-    """Numbers on the device, contiguous in row order: their shape, and `flat`, which kernels are given.
+    """Numbers on the device, contiguous in row order, of this shape, from the number `first` of a memory on.
 
     The memory of an array that nobody holds any more goes to the next one of the same size: what is launched later
     runs later, so nothing has to wait, and a training step allocates nothing once the first is over.
     """
 
-    def __init__(self, flat: Flat, shape: tuple[int, ...], base: "Array | None" = None) -> None:
-        self.flat, self.shape, self.base = flat, shape, base  # base: the array whose memory this one shares
+    __slots__ = ("base", "first", "memory", "shape", "size")
 
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
+    def __init__(self, memory: Memory, shape: tuple[int, ...], first: int = 0, base: "Array | None" = None) -> None:
+        self.memory, self.shape, self.size, self.first = memory, shape, math.prod(shape), first
+        self.base = base  # the array whose memory this one shares
 
     @property
     def ndim(self) -> int:
@@ -139,7 +159,21 @@ class Array:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        return np.dtype(self.flat.dtype)
+        return self.memory.dtype
+
+    @property
+    def flat(self) -> Flat:
+        """The numbers as Numba sees them, for copies."""
+        numbers = self.memory.numbers
+        return numbers if self.size == numbers.size else numbers[self.first : self.first + self.size]
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """How it is handed to a kernel."""
+        if self.base is None:
+            return self.memory.slots
+        width = self.memory.dtype.itemsize
+        return launching.slots(self.memory.address + self.first * width, self.size, width)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -151,7 +185,7 @@ class Array:
             wanted[wanted.index(-1)] = self.size // -math.prod(wanted)
         if math.prod(wanted) != self.size:
             raise ValueError(f"{self.size} numbers of shape {self.shape} cannot take the shape {tuple(wanted)}")
-        return Array(self.flat, tuple(wanted), self.base or self)
+        return Array(self.memory, tuple(wanted), self.first, self.base or self)
 
     def __getitem__(self, rows: slice) -> "Array":
         """A range of rows, in the same memory."""
@@ -159,8 +193,8 @@ class Array:
         if step != 1:
             raise IndexError("only ranges of whole rows can be taken from an array on the device")
         width = math.prod(self.shape[1:])
-        end = max(first, end)
-        return Array(self.flat[first * width : end * width], (end - first, *self.shape[1:]), self.base or self)
+        taken = (max(first, end) - first, *self.shape[1:])
+        return Array(self.memory, taken, self.first + first * width, self.base or self)
 
     def __float__(self) -> float:
         """The only number; waits for it."""
@@ -168,25 +202,26 @@ class Array:
 
     def __del__(self) -> None:
         if self.base is None and _pool is not None:  # the pool is gone when the program ends
-            _pool.setdefault((self.dtype.str, self.size), []).append(self.flat)
+            _pool.setdefault((self.dtype.char, self.size), []).append(self.memory)
 
 
-_pool: dict[tuple[str, int], list[Flat]] = {}
+_pool: dict[tuple[str, int], list[Memory]] = {}
+_FLOAT32 = np.dtype(np.float32)
 
 
-def empty(shape: Sequence[int], dtype: Any = np.float32) -> Array:
+def empty(shape: Sequence[int], dtype: Any = _FLOAT32) -> Array:
     """An array of this shape that holds anything. Raises `kernels.Unavailable` when the memory does not suffice."""
     size, dtype = math.prod(shape), np.dtype(dtype)
-    waiting = _pool.get((dtype.str, size))
+    waiting = _pool.get((dtype.char, size))
     return Array(waiting.pop() if waiting else _allocate(max(size, 1), dtype), tuple(shape))
 
 
-def _allocate(size: int, dtype: np.dtype[Any]) -> Flat:
+def _allocate(size: int, dtype: np.dtype[Any]) -> Memory:
     for attempt in range(2):
         try:
-            return cuda.device_array(size, dtype, stream=stream())
+            return Memory(cuda.device_array(size, dtype, stream=stream()), dtype)
         except Exception as error:  # numba's class of driver errors is not the same in all its versions
-            if "memory" not in str(error).lower():
+            if not re.search("out.of.memory", f"{type(error).__name__} {error}", re.IGNORECASE):
                 raise
             if attempt:
                 raise Unavailable(
@@ -233,6 +268,12 @@ def check(**operands: tuple[Any, tuple[int, ...], type]) -> None:
 # --- kernels -----------------------------------------------------------------------------------------------------
 
 
+_KINDS = {I: "q", S: "i", R: "f"}  # of arguments, as `launching.Arguments` has them; all others are arrays
+DIRECT = not SIMULATED and launching.available()
+"""Whether kernels are launched by the driver itself, and compiled ones kept."""
+DEFAULT_SHARED = 48 * 1024  # bytes of shared memory that a block may have without asking
+
+
 class Kernel:
     """A function to run on the device: `kernel(blocks, *arguments)` launches it; `blocks` is a number or (x, y, z)."""
 
@@ -242,30 +283,79 @@ class Kernel:
         self.function, self.name, self.signature, self.threads = function, name, signature, threads
         # The compiler may use so many registers that `resident` blocks still fit on a multiprocessor.
         self.options: dict[str, Any] = {} if SIMULATED else {"launch_bounds": (threads, resident)}
+        self.kinds = [_KINDS.get(kind, "P") for kind in signature]
         self._compiled: Any = None
+        self._loaded: launching.Loaded | None = None
         self._granted = DEFAULT_SHARED
+
+    def ptx(self, capability: tuple[int, int]) -> str:
+        """The kernel for GPUs of this compute capability; they need not be here."""
+        text: str = cuda.compile_ptx(self.function, self.signature, cc=capability, **self.options)[0]
+        return text
+
+    @property
+    def loaded(self) -> launching.Loaded:
+        """The kernel on the device, for the driver to launch."""
+        if self._loaded is None:
+            major, minor = cuda.current_context().device.compute_capability
+            capability = int(major), int(minor)
+            kept = launching.kept(self.name, capability, _versions(), lambda: self.ptx(capability))
+            self._loaded = launching.Loaded(*kept, self.kinds, self.name)
+        return self._loaded
 
     @property
     def compiled(self) -> Any:
-        """Numba's kernel, compiled for the GPU that is here."""
+        """The kernel for Numba to launch."""
         if self._compiled is None:
             self._compiled = cuda.jit(self.signature, **self.options)(self.function)
         return self._compiled
 
-    def __call__(self, blocks: int | tuple[int, ...], *arguments: Any, shared: int = 0, threads: int = 0) -> None:
+    def __call__(self, blocks: int | tuple[int, int, int], *arguments: Any, shared: int = 0, threads: int = 0) -> None:
         """shared: bytes of dynamic shared memory, no more than were granted; threads: fewer than the usual number."""
-        self.compiled[blocks, threads or self.threads, stream(), shared](*arguments)
+        if DIRECT:
+            values: list[Any] = []
+            for kind, argument in zip(self.kinds, arguments, strict=True):
+                if kind == "P":
+                    values += argument.slots
+                else:
+                    values.append(argument)
+            if isinstance(blocks, int):
+                blocks = (blocks, 1, 1)
+            self.loaded.launch(blocks, threads or self.threads, shared, _stream_handle(), values)
+        else:
+            plain = [argument.flat if isinstance(argument, Array) else argument for argument in arguments]
+            self.compiled[blocks, threads or self.threads, stream(), shared](*plain)
 
     def grant_shared(self, wanted: int) -> int:
         """Ask for so many bytes of dynamic shared memory per block -> how many a launch may use, `wanted` at the most.
 
-        A block has DEFAULT_SHARED without asking; the driver has to be told of more.
+        A block has DEFAULT_SHARED without asking; the driver has to be told of more, for which Numba has no function.
         """
-        if wanted > self._granted and not SIMULATED:
-            most = int(cuda.get_current_device().MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
-            if _allow_shared(self.compiled, min(wanted, most)):
-                self._granted = min(wanted, most)
+        if wanted > self._granted and DIRECT:
+            wanted = min(wanted, _most_shared())
+            if wanted > self._granted and self.loaded.allow_shared(wanted):
+                self._granted = wanted
         return min(wanted, self._granted)
+
+
+@lru_cache
+def _most_shared() -> int:
+    return int(cuda.get_current_device().MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
+
+
+@lru_cache
+def _stream_handle() -> int:
+    return int(stream())
+
+
+@lru_cache
+def _versions() -> str:
+    """Of whatever turns a kernel into machine code."""
+    found = {}
+    for name in ("numba", "numba-cuda", "llvmlite", "cuda-bindings", "nvidia-nvvm", "nvidia-nvjitlink"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return str(found)
 
 
 KERNELS: dict[str, Kernel] = {}
@@ -290,29 +380,6 @@ def blocks_for(n: int) -> int:
     return max(1, min(-(-n // THREADS), 8 * multiprocessors()))
 
 
-DEFAULT_SHARED = 48 * 1024  # bytes of shared memory that a block may have without asking
-
-
-def _allow_shared(compiled: Any, size: int) -> bool:
-    """Tell the driver that this kernel is launched with so many bytes of dynamic shared memory; False if it refuses.
-
-    Numba has no function for it, so this reaches into it; where its parts have other names, kernels make do with less.
-    """
-    try:
-        from cuda.bindings import driver
-
-        (overload,) = compiled.overloads.values()
-        handle = int(overload._codelibrary.get_cufunc().handle)
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        # A CUkernel in newer versions of numba-cuda, a CUfunction in older ones.
-        (status,) = driver.cuKernelSetAttribute(attribute, size, driver.CUkernel(handle), cuda.get_current_device().id)
-        if status != driver.CUresult.CUDA_SUCCESS:
-            (status,) = driver.cuFuncSetAttribute(driver.CUfunction(handle), attribute, size)
-    except (ImportError, AttributeError, TypeError, ValueError):
-        return False
-    return bool(status == driver.CUresult.CUDA_SUCCESS)
-
-
 # --- what Numba lacks --------------------------------------------------------------------------------------------
 
 
@@ -328,20 +395,67 @@ def helper(function: Callable[..., Any]) -> Any:
 
 if SIMULATED:
 
+    def _itself(e: int) -> int:
+        return e
+
+    index: Any = _itself
+
     def load4(array: Flat, at: int) -> Any:
         return array[at], array[at + 1], array[at + 2], array[at + 3]
 
-else:
+    def store2(array: Flat, at: int, a: Any, b: Any) -> None:
+        array[at], array[at + 1] = a, b
 
-    @extension("intrinsic")
-    def load4(typing_context: Any, array: Any, at: Any) -> Any:
-        """Four numbers from `at` on, a multiple of four, in one instruction; `array` is shared memory, aligned."""
+    def store4(array: Flat, at: int, a: Any, b: Any, c: Any, d: Any) -> None:
+        array[at], array[at + 1], array[at + 2], array[at + 3] = a, b, c, d
+
+    def load2(array: Flat, at: int) -> Any:
+        return array[at], array[at + 1]
+
+else:
+    # A place in an array, x[index(e)]. Without it Numba asks of every signed index whether it counts from the end, in
+    # 64 bits: most of a kernel's instructions would be that.
+    index = nb.uint64
+
+    def _vector(context: Any, builder: Any, array: Any, value: Any, at: Any, count: int) -> tuple[Any, int]:
+        """(pointer to `count` numbers of an array from `at` on, their bytes)."""
+        data = context.make_array(array)(context, builder, value).data
+        vector = ir.VectorType(context.get_data_type(array.dtype), count).as_pointer()
+        return builder.bitcast(builder.gep(data, [at]), vector), count * array.dtype.bitwidth // 8
+
+    def _make_load(count: int) -> Any:
+        """`count` numbers from `at` on, a multiple of `count`, in one instruction; the array begins on 16 bytes."""
+
+        def load(typing_context: Any, array: Any, at: Any) -> Any:
+            def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+                pointer, size = _vector(context, builder, signature.args[0], arguments[0], arguments[1], count)
+                loaded = builder.load(pointer, align=size)
+                lanes = [builder.extract_element(loaded, ir.Constant(ir.IntType(32), lane)) for lane in range(count)]
+                return context.make_tuple(builder, signature.return_type, lanes)
+
+            return types.UniTuple(array.dtype, count)(array, at), generate
+
+        return load
+
+    def _stored(array: Any, at: Any, numbers: tuple[Any, ...]) -> Any:
+        """The store of as many numbers from `at` on, a multiple of their count, in one instruction."""
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-            vector = ir.VectorType(ir.FloatType(), 4).as_pointer()
-            four = builder.load(builder.bitcast(builder.gep(data, [arguments[1]]), vector), align=16)
-            lanes = [builder.extract_element(four, ir.Constant(ir.IntType(32), lane)) for lane in range(4)]
-            return context.make_tuple(builder, signature.return_type, lanes)
+            pointer, size = _vector(context, builder, signature.args[0], arguments[0], arguments[1], len(numbers))
+            value = ir.Constant(pointer.type.pointee, ir.Undefined)
+            for lane, number in enumerate(arguments[2:]):
+                value = builder.insert_element(value, number, ir.Constant(ir.IntType(32), lane))
+            builder.store(value, pointer, align=size)
+            return context.get_dummy_value()
 
-        return types.UniTuple(types.float32, 4)(array, at), generate
+        return types.none(array, at, *(array.dtype for _ in numbers)), generate
+
+    @extension("intrinsic")
+    def store2(typing_context: Any, array: Any, at: Any, a: Any, b: Any) -> Any:
+        return _stored(array, at, (a, b))
+
+    @extension("intrinsic")
+    def store4(typing_context: Any, array: Any, at: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+        return _stored(array, at, (a, b, c, d))
+
+    load2, load4 = (extension("intrinsic")(_make_load(count)) for count in (2, 4))

@@ -95,7 +95,7 @@ def dropout(x: Array, rate: float, key: tuple[int, int]) -> Array:
     check(x=(x, x.shape, np.float32))
     y = empty(x.shape)
     threshold = reference.dropout_threshold(rate)
-    _dropout(blocks_for(x.size), x.flat, y.flat, x.size, key[0], key[1], threshold, 1 / (1 - rate))
+    _dropout(blocks_for(x.size), x, y, x.size, key[0], key[1], threshold, 1 / (1 - rate))
     return y
 
 
@@ -104,7 +104,7 @@ def softmax(logits: Array) -> Array:
     B, K = logits.shape
     check(logits=(logits, (B, K), np.float32))
     p = empty((B, K))
-    _softmax(blocks_for(B), logits.flat, p.flat, B, K)
+    _softmax(blocks_for(B), logits, p, B, K)
     return p
 
 
@@ -113,7 +113,7 @@ def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, Array]:
     B, K = logits.shape
     check(logits=(logits, (B, K), np.float32), targets=(targets, (B,), np.int32))
     loss, p = empty(()), empty((B, K))
-    _cross_entropy(1, logits.flat, targets.flat, p.flat, loss.flat, B, K)
+    _cross_entropy(1, logits, targets, p, loss, B, K)
     return loss, p
 
 
@@ -122,5 +122,5 @@ def cross_entropy_backward(p: Array, targets: Array) -> Array:
     B, K = p.shape
     check(p=(p, (B, K), np.float32), targets=(targets, (B,), np.int32))
     dlogits = empty((B, K))
-    _cross_entropy_backward(blocks_for(B * K), p.flat, targets.flat, dlogits.flat, B, K)
+    _cross_entropy_backward(blocks_for(B * K), p, targets, dlogits, B, K)
     return dlogits

@@ -30,12 +30,13 @@ from kernels.cuda.device import (
     empty,
     float32,
     helper,
+    index,
     kernel,
     load4,
 )
 from kernels.cuda.matmul import PLAIN, TURNED_B, Operand, product_parts, whole
 
-SEQUENCE_UNITS, REGISTER_ROWS = (4, 4) if SIMULATED else (128, 32)
+SEQUENCE_UNITS, REGISTER_ROWS = (4, 4) if SIMULATED else (128, 56)
 SEQUENCE_THREADS = 4 * SEQUENCE_UNITS
 
 
@@ -48,14 +49,15 @@ def sigmoid(x: float) -> float:
 # --- a whole sequence in a block ---------------------------------------------------------------------------------
 #
 # Shared memory, in floats: the vector that is multiplied, 4 * `pitch` of them (forward: h, `pitch` long, the rest for
-# the gates; backward: dz, `pitch` for each gate), then 4H partial sums, then `kept` rows of weights, 4H each.
+# the gates; backward: dz, `pitch` for each gate), then 4H partial sums, then `kept` rows of weights.
 
 
 @helper
 def dot(values: Flat, at: int, mine: Flat, kept_at: int, kept: int, wh: Flat, w_at: int, w_step: int, H: int) -> float:
     """The sum over i < H of values[at + i] times this thread's i-th weight, which lies in one of three places.
 
-    values, padded with zeros, and the kept weights (at kept_at, 4H apart) are in shared memory, `mine` in registers.
+    values, padded with zeros, and the kept weights (from kept_at on, SEQUENCE_THREADS apart) are in shared memory,
+    `mine` in registers.
     """
     s0, s1, s2, s3 = float32(0), float32(0), float32(0), float32(0)
     for i in range(0, REGISTER_ROWS, 4):
@@ -66,13 +68,13 @@ def dot(values: Flat, at: int, mine: Flat, kept_at: int, kept: int, wh: Flat, w_
         s3 += v3 * mine[i + 3]
     for i in range(0, kept, 4):
         v0, v1, v2, v3 = load4(values, at + REGISTER_ROWS + i)
-        place = kept_at + i * 4 * H
-        s0 += v0 * values[place]
-        s1 += v1 * values[place + 4 * H]
-        s2 += v2 * values[place + 8 * H]
-        s3 += v3 * values[place + 12 * H]
+        place = kept_at + i * SEQUENCE_THREADS
+        s0 += v0 * values[index(place)]
+        s1 += v1 * values[index(place + SEQUENCE_THREADS)]
+        s2 += v2 * values[index(place + 2 * SEQUENCE_THREADS)]
+        s3 += v3 * values[index(place + 3 * SEQUENCE_THREADS)]
     for i in range(REGISTER_ROWS + kept, H):
-        s0 += values[at + i] * wh[w_at + i * w_step]
+        s0 += values[index(at + i)] * wh[index(w_at + i * w_step)]
     return (s0 + s1) + (s2 + s3)
 
 
@@ -82,12 +84,12 @@ def take_weights(wh: Flat, w_at: int, w_step: int, H: int, mine: Flat, shared: F
     for i in range(REGISTER_ROWS):
         mine[i] = float32(0)
         if i < H:
-            mine[i] = wh[w_at + i * w_step]
+            mine[i] = wh[index(w_at + i * w_step)]
     for i in range(kept):
         weight = float32(0)
         if REGISTER_ROWS + i < H:
-            weight = wh[w_at + (REGISTER_ROWS + i) * w_step]
-        shared[kept_at + i * 4 * H] = weight
+            weight = wh[index(w_at + (REGISTER_ROWS + i) * w_step)]
+        shared[index(kept_at + i * SEQUENCE_THREADS)] = weight
 
 
 @kernel((F, F, F, F, F, I, I, I, I), SEQUENCE_THREADS)
@@ -100,27 +102,27 @@ def _lstm_sequence(z: Flat, wh: Flat, h: Flat, c: Flat, gates: Flat, T: int, H: 
     activated, kept_at = 4 * pitch, 4 * pitch + 4 * H + t
     take_weights(wh, t, 4 * H, H, mine, shared, kept_at, kept)
     for i in range(t, pitch, 4 * H):
-        shared[i] = float32(0)  # h_{-1}, and the padding
+        shared[index(i)] = float32(0)  # h_{-1}, and the padding
     is_candidate = t // H == 2
     cell = float32(0)
-    ahead = z[n * T * 4 * H + t]
+    ahead = z[index(n * T * 4 * H + t)]
     cuda.syncthreads()
     for s in range(T):
         total = ahead
         if s + 1 < T:
-            ahead = z[(n * T + s + 1) * 4 * H + t]  # on its way while this step is computed
+            ahead = z[index((n * T + s + 1) * 4 * H + t)]  # on its way while this step is computed
         total += dot(shared, 0, mine, kept_at, kept, wh, t, 4 * H, H)
         gate = math.tanh(total) if is_candidate else sigmoid(total)
-        shared[activated + t] = gate
-        gates[(n * T + s) * 4 * H + t] = gate
+        shared[index(activated + t)] = gate
+        gates[index((n * T + s) * 4 * H + t)] = gate
         cuda.syncthreads()
         if t < H:
             at = activated + t
-            cell = shared[at + H] * cell + shared[at] * shared[at + 2 * H]
-            out = shared[at + 3 * H] * math.tanh(cell)
-            shared[t] = out
-            h[(n * T + s) * H + t] = out
-            c[(n * T + s) * H + t] = cell
+            cell = shared[index(at + H)] * cell + shared[index(at)] * shared[index(at + 2 * H)]
+            out = shared[index(at + 3 * H)] * math.tanh(cell)
+            shared[index(t)] = out
+            h[index((n * T + s) * H + t)] = out
+            c[index((n * T + s) * H + t)] = cell
         cuda.syncthreads()
 
 
@@ -137,15 +139,15 @@ def _lstm_sequence_backward(
     w_at = unit * 4 * H + quarter * H
     take_weights(wh, w_at, 1, H, mine, shared, kept_at, kept)
     for i in range(t, 4 * pitch, 4 * H):
-        shared[i] = float32(0)
-    shared[sums + t] = float32(0)  # nothing comes back to the last step
+        shared[index(i)] = float32(0)
+    shared[index(sums + t)] = float32(0)  # nothing comes back to the last step
     dcell = float32(0)
     dh_s, i_s, f_s, g_s, o_s, cell = float32(0), float32(0), float32(0), float32(0), float32(0), float32(0)
     if t < H:  # the last step's numbers; those of every other step are fetched while the one after it is computed
         at = n * T + T - 1
-        dh_s, cell = dh[at * H + t], c[at * H + t]
-        i_s, f_s = gates[at * 4 * H + t], gates[at * 4 * H + H + t]
-        g_s, o_s = gates[at * 4 * H + 2 * H + t], gates[at * 4 * H + 3 * H + t]
+        dh_s, cell = dh[index(at * H + t)], c[index(at * H + t)]
+        i_s, f_s = gates[index(at * 4 * H + t)], gates[index(at * 4 * H + H + t)]
+        g_s, o_s = gates[index(at * 4 * H + 2 * H + t)], gates[index(at * 4 * H + 3 * H + t)]
     cuda.syncthreads()
     for back in range(T):
         s = T - 1 - back
@@ -153,27 +155,28 @@ def _lstm_sequence_backward(
         if t < H:
             before = float32(0)
             if s > 0:
-                before = c[(at - 1) * H + t]
+                before = c[index((at - 1) * H + t)]
             tanh_c = math.tanh(cell)
-            dh_t = dh_s + (
-                (shared[sums + t] + shared[sums + H + t]) + (shared[sums + 2 * H + t] + shared[sums + 3 * H + t])
-            )
+            from_input, from_forget = shared[index(sums + t)], shared[index(sums + H + t)]
+            from_cell, from_output = shared[index(sums + 2 * H + t)], shared[index(sums + 3 * H + t)]
+            dh_t = dh_s + ((from_input + from_forget) + (from_cell + from_output))
             dcell += dh_t * o_s * (float32(1) - tanh_c * tanh_c)
             di = dcell * g_s * i_s * (float32(1) - i_s)
             df = dcell * before * f_s * (float32(1) - f_s)
             dg = dcell * i_s * (float32(1) - g_s * g_s)
             do = dh_t * tanh_c * o_s * (float32(1) - o_s)
-            shared[t], shared[pitch + t], shared[2 * pitch + t], shared[3 * pitch + t] = di, df, dg, do
-            dz[at * 4 * H + t], dz[at * 4 * H + H + t] = di, df
-            dz[at * 4 * H + 2 * H + t], dz[at * 4 * H + 3 * H + t] = dg, do
+            shared[index(t)], shared[index(pitch + t)] = di, df
+            shared[index(2 * pitch + t)], shared[index(3 * pitch + t)] = dg, do
+            dz[index(at * 4 * H + t)], dz[index(at * 4 * H + H + t)] = di, df
+            dz[index(at * 4 * H + 2 * H + t)], dz[index(at * 4 * H + 3 * H + t)] = dg, do
             dcell *= f_s
             cell = before
             if s > 0:
-                dh_s = dh[(at - 1) * H + t]
-                i_s, f_s = gates[(at - 1) * 4 * H + t], gates[(at - 1) * 4 * H + H + t]
-                g_s, o_s = gates[(at - 1) * 4 * H + 2 * H + t], gates[(at - 1) * 4 * H + 3 * H + t]
+                dh_s = dh[index((at - 1) * H + t)]
+                i_s, f_s = gates[index((at - 1) * 4 * H + t)], gates[index((at - 1) * 4 * H + H + t)]
+                g_s, o_s = gates[index((at - 1) * 4 * H + 2 * H + t)], gates[index((at - 1) * 4 * H + 3 * H + t)]
         cuda.syncthreads()
-        shared[sums + t] = dot(shared, quarter * pitch, mine, kept_at, kept, wh, w_at, 1, H)
+        shared[index(sums + t)] = dot(shared, quarter * pitch, mine, kept_at, kept, wh, w_at, 1, H)
         cuda.syncthreads()
 
 
@@ -183,9 +186,10 @@ def _sequence_memory(run: object, H: int) -> tuple[int, int, int]:
     rows += -rows % 4
     pitch = REGISTER_ROWS + rows
     least = 4 * (4 * pitch + 4 * H)
-    granted = run.grant_shared(least + 16 * H * rows)  # type: ignore[attr-defined]
-    kept = (granted - least) // (16 * H) // 4 * 4
-    return pitch, kept, least + 16 * H * kept
+    row = 4 * SEQUENCE_THREADS  # a distance that the compiler knows, whatever H
+    granted = run.grant_shared(least + row * rows)  # type: ignore[attr-defined]
+    kept = (granted - least) // row // 4 * 4
+    return pitch, kept, least + row * kept
 
 
 # --- a product per step ------------------------------------------------------------------------------------------
@@ -249,7 +253,7 @@ def lstm_forward(z: Array, wh: Array) -> tuple[Array, Array, Array]:
     if H <= SEQUENCE_UNITS:
         pitch, kept, size = _sequence_memory(_lstm_sequence, H)
         _lstm_sequence(
-            B, z.flat, wh.flat, h.flat, c.flat, gates.flat, T, H, pitch, kept, shared=size, threads=4 * H
+            B, z, wh, h, c, gates, T, H, pitch, kept, shared=size, threads=4 * H
         )  # fmt: skip
         return h, c, gates
     parts, count = z, 0
@@ -257,7 +261,7 @@ def lstm_forward(z: Array, wh: Array) -> tuple[Array, Array, Array]:
         if s > 0:
             before = Operand(h, (s - 1) * H, T * H)
             parts, count = product_parts(before, whole(wh), B, 4 * H, H, PLAIN)
-        _lstm_step(blocks_for(B * H), z.flat, parts.flat, count, h.flat, c.flat, gates.flat, s, B, T, H)
+        _lstm_step(blocks_for(B * H), z, parts, count, h, c, gates, s, B, T, H)
     return h, c, gates
 
 
@@ -274,14 +278,14 @@ def lstm_backward(dh: Array, gates: Array, c: Array, wh: Array) -> Array:
     if H <= SEQUENCE_UNITS:
         pitch, kept, size = _sequence_memory(_lstm_sequence_backward, H)
         _lstm_sequence_backward(
-            B, dh.flat, gates.flat, c.flat, wh.flat, dz.flat, T, H, pitch, kept, shared=size, threads=4 * H
+            B, dh, gates, c, wh, dz, T, H, pitch, kept, shared=size, threads=4 * H
         )  # fmt: skip
         return dz
     dcells = empty((B, H))
     parts, count = dcells, 0
     for s in range(T - 1, -1, -1):
         _lstm_step_backward(
-            blocks_for(B * H), dh.flat, parts.flat, count, gates.flat, c.flat, dcells.flat, dz.flat, s, B, T, H
+            blocks_for(B * H), dh, parts, count, gates, c, dcells, dz, s, B, T, H
         )  # fmt: skip
         if s > 0:
             parts, count = product_parts(Operand(dz, s * 4 * H, T * 4 * H), whole(wh), B, H, 4 * H, TURNED_B)

@@ -1,0 +1,145 @@
+"""Kernels that are compiled once, kept in a file, and launched by the CUDA driver itself.
+
+Numba compiles a kernel to PTX; what it does beyond that is done here, because a training step is some fifty launches
+of a few microseconds each. Numba's launcher looks at every argument anew, which takes it longer than the kernel runs,
+and it compiles all over again in every process.
+
+An argument of a kernel lies in a slot of 8 bytes; an array is seven of them, of which the kernels use one, the address:
+
+    0, 0, numbers, bytes of a number, address, numbers, bytes of a number
+
+So Numba has it in all its versions; `tests/test_cuda.py` compares the slots with the parameters in the PTX. Where this
+cannot work (no nvJitLink), or KERNELS_CUDA_LAUNCHER=numba is set, Numba launches.
+"""
+
+import ctypes
+import os
+import re
+import struct
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from kernels.cache import cache_folder
+
+SLOT = 8  # bytes
+ARRAY_SLOTS = 7
+
+
+def available() -> bool:
+    """Whether the driver and the linker can be reached."""
+    if os.environ.get("KERNELS_CUDA_LAUNCHER") == "numba":
+        return False
+    try:
+        import_module("cuda.bindings.driver")
+        import_module("cuda.bindings.nvjitlink").version()
+    except Exception:  # missing, too old, or without its library: each has its own way to say so
+        return False
+    return True
+
+
+def assemble(ptx: str, capability: tuple[int, int]) -> tuple[bytes, str]:
+    """PTX -> machine code for GPUs of this compute capability, and what the assembler says of it."""
+    nvjitlink = import_module("cuda.bindings.nvjitlink")
+    options = ["-arch=sm_{}{}".format(*capability), "-verbose"]
+    handle = nvjitlink.create(len(options), options)
+    try:
+        data = ptx.encode() + b"\0"
+        nvjitlink.add_data(handle, nvjitlink.InputType.PTX, data, len(data), "kernel")
+        nvjitlink.complete(handle)
+        code, log = bytearray(nvjitlink.get_linked_cubin_size(handle)), bytearray(nvjitlink.get_info_log_size(handle))
+        nvjitlink.get_linked_cubin(handle, code)
+        nvjitlink.get_info_log(handle, log)
+    finally:
+        nvjitlink.destroy(handle)
+    return bytes(code), log.decode()
+
+
+def entry_of(ptx: str) -> str:
+    """The name of the kernel in its PTX."""
+    found = re.search(r"\.visible \.entry (\w+)\(", ptx)
+    if found is None:
+        raise ValueError("there is no kernel in this PTX")
+    return found[1]
+
+
+def kept(name: str, capability: tuple[int, int], versions: str, compiled: Callable[[], str]) -> tuple[bytes, str]:
+    """(machine code, entry) of the kernel `name`: from its file, or of the PTX that `compiled` makes."""
+    path = _folder(versions) / "{}-{}{}.cubin".format(name, *capability)
+    try:
+        entry, code = path.read_bytes().split(b"\n", 1)
+        return code, entry.decode()
+    except (OSError, ValueError):
+        pass
+    ptx = compiled()
+    made, entry_name = assemble(ptx, capability)[0], entry_of(ptx)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(entry_name.encode() + b"\n" + made)
+        os.replace(temporary, path)
+    except OSError:  # a full disk: the next process compiles again
+        temporary.unlink(missing_ok=True)
+    return made, entry_name
+
+
+def slots(address: int, size: int, width: int) -> tuple[int, ...]:
+    """What an array of so many numbers, of so many bytes each, puts into its slots."""
+    return 0, 0, size, width, address, size, width
+
+
+@lru_cache
+def _folder(versions: str) -> Path:
+    here = Path(__file__).parent
+    return cache_folder([here.parent / "reference.py", *sorted(here.glob("*.py"))], versions)
+
+
+class Arguments:
+    """The slots of a kernel's arguments, in memory that the driver reads at every launch.
+
+    kinds: a letter for each argument, as `struct` has it: "q" a whole number of 8 bytes, "i" of 4, "f" a real number of
+    4, "P" an array.
+    """
+
+    def __init__(self, kinds: Sequence[str]) -> None:
+        slots = [{"q": "q", "i": "i4x", "f": "f4x", "P": ARRAY_SLOTS * "q"}[kind] for kind in kinds]
+        self.layout = struct.Struct("<" + "".join(slots))
+        self.memory = ctypes.create_string_buffer(self.layout.size)
+        first = ctypes.addressof(self.memory)
+        count = self.layout.size // SLOT
+        self._places = (ctypes.c_void_p * count)(*range(first, first + self.layout.size, SLOT))
+        self.address = ctypes.addressof(self._places)
+        self.pack = self.layout.pack_into
+
+
+class Loaded:
+    """A kernel on the device."""
+
+    def __init__(self, code: bytes, entry: str, kinds: Sequence[str], name: str) -> None:
+        self.driver = import_module("cuda.bindings.driver")
+        self.name, self.arguments = name, Arguments(kinds)
+        self.module = self._done(self.driver.cuModuleLoadData(code))
+        self.function = self._done(self.driver.cuModuleGetFunction(self.module, entry.encode()))
+        self._launch = self.driver.cuLaunchKernel
+
+    def _done(self, results: tuple[Any, ...]) -> Any:
+        status, *values = results
+        if status != self.driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"the CUDA driver refuses the kernel {self.name}: {status.name}")
+        return values[0] if values else None
+
+    def launch(self, blocks: tuple[int, int, int], threads: int, shared: int, stream: int, values: list[Any]) -> None:
+        """values: what goes into the slots."""
+        arguments = self.arguments
+        arguments.pack(arguments.memory, 0, *values)
+        x, y, z = blocks
+        (status,) = self._launch(self.function, x, y, z, threads, 1, 1, shared, stream, arguments.address, 0)
+        if status:
+            self._done((status,))
+
+    def allow_shared(self, size: int) -> bool:
+        """Tell the driver that launches have so many bytes of dynamic shared memory; False if it refuses."""
+        attribute = self.driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        (status,) = self.driver.cuFuncSetAttribute(self.function, attribute, size)
+        return bool(status == self.driver.CUresult.CUDA_SUCCESS)
