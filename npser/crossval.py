@@ -13,16 +13,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from npser.augment import AugmentedWindows
 from npser.corpus import Corpus
 from npser.errors import RunFailed
 from npser.features import Standardisation, WindowSet, window_count
 from npser.folds import Indices, speaker_folds, split_test, stratified_folds
 from npser.models import Model, build_model
 from npser.progress import Progress
-from npser.runfolder import FoldResult, RunFolder, fold_result
-from npser.trainer import Checkpoint, Task, evaluate, fit, steps_per_epoch
+from npser.recipes import Recipe
+from npser.runfolder import EpochResult, FoldResult, RunFolder, fold_result
+from npser.trainer import Checkpoint, Task, Votes, evaluate, fit, steps_per_epoch
 
 Frames = Sequence[NDArray[np.float32]]
+Versions = Sequence[Frames]  # of all utterances: as they are, then at other speeds
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,8 @@ class Settings:
     arch: str
     backend: str
     seed: int
-    epochs: int
-    batch_size: int
-    segment_hop: int  # frames from one window of an utterance to the next
     vote: str
-    clip_norm: float | None
+    recipe: Recipe
 
 
 @dataclass(frozen=True)
@@ -70,35 +70,39 @@ def make_folds(corpus: Corpus, cv: str, folds: int, repeats: int, seed: int) -> 
 
 def training_steps(frames: Frames, targets: NDArray[np.int64], train: Indices, length: int, settings: Settings) -> int:
     """The updates that training on these utterances takes."""
-    windows = [window_count(len(frames[i]), length, settings.segment_hop) for i in train]
-    return settings.epochs * steps_per_epoch(np.repeat(targets[train], windows), settings.batch_size)
+    recipe = settings.recipe
+    windows = [window_count(len(frames[i]), length, recipe.segment_hop) for i in train]
+    return recipe.epochs * steps_per_epoch(np.repeat(targets[train], windows), recipe.batch_size)
 
 
-def train_on(
-    frames: Frames,
+def prepare(
+    versions: Versions,
     targets: NDArray[np.int64],
     train: Indices,
     classes: int,
     settings: Settings,
     words: Sequence[int],
-    progress: Progress,
-    checkpoint: Checkpoint | None,
-) -> tuple[Model, list[Any]]:
-    """A fresh network trained on some utterances: (model, epoch results).
+) -> tuple[Model, Task]:
+    """A fresh network, the standardisation of some utterances in it, and the task of learning them.
 
     words: (seed, repeat, fold), from which everything random is drawn.
     """
+    recipe = settings.recipe
     model_seed = int(np.random.SeedSequence(words).generate_state(1)[0])
     model = build_model(settings.arch, backend=settings.backend, seed=model_seed, classes=classes)
-    model.scale = scale = Standardisation.of([frames[i] for i in train])
-    windows = WindowSet([frames[i] for i in train], scale, model.input_frames, settings.segment_hop)
-    task = Task(windows, targets[train][windows.owner], words, settings.epochs, settings.batch_size, settings.clip_norm)
-    return model, fit(model, task, progress, checkpoint)
+    heard = [[frames[i] for i in train] for frames in versions]
+    model.scale = scale = Standardisation.of(heard[0], recipe.standardisation)
+    windows = (
+        AugmentedWindows(heard, scale, model.input_frames, recipe)
+        if recipe.augmented
+        else WindowSet(heard[0], scale, model.input_frames, recipe.segment_hop)
+    )
+    return model, Task.of(windows, targets[train][windows.owner], words, recipe)
 
 
 def run_fold(
     corpus: Corpus,
-    frames: Frames,
+    versions: Versions,
     fold: Fold,
     settings: Settings,
     folder: RunFolder,
@@ -108,12 +112,12 @@ def run_fold(
 ) -> None:
     """Train and test one fold and save its result; `about` is recorded with it."""
     path = folder.checkpoint_path(fold.repeat, fold.number) if with_checkpoint else None
-    folder.save_fold(train_and_test(corpus, frames, fold, settings, progress, path, about))
+    folder.save_fold(train_and_test(corpus, versions, fold, settings, progress, path, about))
 
 
 def train_and_test(
     corpus: Corpus,
-    frames: Frames,
+    versions: Versions,
     fold: Fold,
     settings: Settings,
     progress: Progress,
@@ -126,23 +130,42 @@ def train_and_test(
     words = (settings.seed, fold.repeat, fold.number)
     checkpoint = Checkpoint(checkpoint_path, f"{settings.arch} {words}", progress) if checkpoint_path else None
     try:
-        model, epochs = train_on(frames, targets, fold.train, len(corpus.labels), settings, words, progress, checkpoint)
+        model, task = prepare(versions, targets, fold.train, len(corpus.labels), settings, words)
+        epochs = fit(model, task, progress, checkpoint)
         assert model.scale is not None
-        test = WindowSet([frames[i] for i in fold.test], model.scale, model.input_frames, settings.segment_hop)
+        tested = [versions[0][i] for i in fold.test]
+        test = WindowSet(tested, model.scale, model.input_frames, settings.recipe.segment_hop)
         votes = evaluate(model, test)
     except RunFailed as error:
         raise RunFailed(f"fold {fold.name}: {error}") from error
-    tested = [corpus.utterances[i] for i in fold.test]
+    return tested_fold(corpus, fold, settings, epochs, votes, {**about, "seconds": seconds_since(started)})
+
+
+def seconds_since(started: float) -> float:
+    """A fold's duration as its file has it."""
+    return round(time.monotonic() - started, 3)
+
+
+def tested_fold(
+    corpus: Corpus,
+    fold: Fold,
+    settings: Settings,
+    epochs: Sequence[EpochResult],
+    votes: Votes,
+    about: Mapping[str, Any],
+) -> FoldResult:
+    """What is kept of a fold whose test utterances have been decided on."""
+    utterances = [corpus.utterances[i] for i in fold.test]
     return fold_result(
         repeat=fold.repeat,
         fold=fold.number,
         labels=corpus.labels,
         vote=settings.vote,
         epochs=epochs,
-        files=[u.name for u in tested],
-        speakers=[u.speaker for u in tested],
-        truth=targets[fold.test],
+        files=[u.name for u in utterances],
+        speakers=[u.speaker for u in utterances],
+        truth=corpus.targets[fold.test],
         probabilities=votes.probabilities,
         majority=votes.majority,
-        run={**about, "seconds": round(time.monotonic() - started, 3)},
+        run=about,
     )

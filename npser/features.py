@@ -34,17 +34,22 @@ def log_magnitude(k: ModuleType, samples: NDArray[np.float32]) -> NDArray[np.flo
 
 @dataclass(frozen=True)
 class Standardisation:
-    """Per-bin mean and standard deviation of the training frames: x -> (x - mean) / deviation."""
+    """Mean and standard deviation of the training frames, of each bin or of all bins: x -> (x - mean) / deviation."""
 
     mean: NDArray[np.float32]  # (128,)
     deviation: NDArray[np.float32]  # (128,)
 
     @classmethod
-    def of(cls, frames: Sequence[NDArray[np.float32]]) -> "Standardisation":
-        """The statistics of all frames of some utterances, each (frames, 128); only training utterances belong here."""
+    def of(cls, frames: Sequence[NDArray[np.float32]], kind: str = "bin") -> "Standardisation":
+        """The statistics of all frames of some utterances, each (frames, 128); only training utterances belong here.
+
+        kind: "bin", every bin has its own, or "global", all bins have the same.
+        """
         everything = np.concatenate(frames).astype(np.float64)
-        deviation = np.maximum(everything.std(axis=0), 1e-3)  # a bin that never moves must not be blown up
-        return cls(everything.mean(axis=0).astype(np.float32), deviation.astype(np.float32))
+        axis = None if kind == "global" else 0
+        mean, deviation = (np.broadcast_to(f(everything, axis=axis), everything.shape[1]) for f in (np.mean, np.std))
+        # A bin that never moves must not be blown up.
+        return cls(mean.astype(np.float32), np.maximum(deviation, 1e-3).astype(np.float32))
 
     def apply(self, frames: NDArray[np.float32]) -> NDArray[np.float32]:
         return (frames - self.mean) / self.deviation
@@ -62,7 +67,7 @@ class WindowSet:
         self, utterances: Sequence[NDArray[np.float32]], scale: Standardisation, length: int, hop: int
     ) -> None:
         self.length = length
-        frames = [scale.apply(_padded(frames, length)) for frames in utterances]
+        frames = [scale.apply(padded(frames, length)) for frames in utterances]
         self.everything = np.concatenate(frames)
         lengths = np.array([len(f) for f in frames])
         counts = [window_count(n, length, hop) for n in lengths]
@@ -78,6 +83,10 @@ class WindowSet:
         """The windows with these numbers: (len(which), length, 128) float32."""
         return host.take_windows(self.everything, self.rows[which], self.length)
 
+    def epoch(self, rng: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
+        """What is trained on in an epoch: frames of all utterances, and the row at which each window begins."""
+        return self.everything, self.rows
+
     def recordings(self) -> Iterator[tuple[Array, NDArray[np.intp]]]:
         """Each utterance's standardised frames (N, 128), and where its windows begin among them."""
         for number, frames in enumerate(np.split(self.everything, self.first[1:])):
@@ -89,7 +98,7 @@ def window_count(frames: int, length: int, hop: int) -> int:
     return 1 + max(frames - length, 0) // hop
 
 
-def _padded(frames: NDArray[np.float32], length: int) -> NDArray[np.float32]:
+def padded(frames: NDArray[np.float32], length: int) -> NDArray[np.float32]:
     """frames, followed by silence up to `length` rows if there are fewer."""
     missing = max(length - len(frames), 0)
     return np.pad(frames, ((0, missing), (0, 0)), constant_values=LOG_FLOOR)

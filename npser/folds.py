@@ -98,13 +98,36 @@ def random_oversampling(targets: ArrayLike, rng: np.random.Generator) -> Indices
     them random repeats, drawn with replacement within each smaller class. Give it training utterances only: a repeat
     drawn before the folds were made could end up on both sides of a split.
     """
+    single = np.arange(len(np.asarray(targets)))[:, None]
+    return np.concatenate([np.empty(0, np.intp), *oversampled_runs(targets, list(single), rng)])
+
+
+def runs(owner: Indices, longest: int) -> list[Indices]:
+    """Windows of utterances, owner (M,), in runs of neighbours: `longest` of the same utterance, or its last ones."""
+    starts = np.flatnonzero(np.diff(owner, prepend=-1))
+    cuts = [
+        at for first, end in zip(starts, [*starts[1:], len(owner)], strict=True) for at in range(first, end, longest)
+    ]
+    return np.split(np.arange(len(owner)), cuts[1:])
+
+
+def oversampled_runs(targets: ArrayLike, pieces: Sequence[Indices], rng: np.random.Generator) -> list[Indices]:
+    """`random_oversampling` that repeats whole runs, all windows of a run being of one class.
+
+    Returns each run once, and behind them random repeats, the last of each class cut to the number that is missing.
+    """
     classes = np.asarray(targets)
     present, counts = np.unique(classes, return_counts=True)
-    extra = [
-        rng.choice(np.flatnonzero(classes == k), size=int(counts.max() - count))
-        for k, count in zip(present, counts, strict=True)
-    ]
-    return np.concatenate([np.arange(len(classes)), *extra]).astype(np.intp)
+    class_of_run = classes[np.array([piece[0] for piece in pieces], dtype=np.intp)]
+    made = list(pieces)
+    for k, count in zip(present, counts, strict=True):
+        missing = int(counts.max() - count)
+        for number in rng.choice(np.flatnonzero(class_of_run == k), size=missing):
+            if missing <= 0:
+                break
+            made.append(pieces[number][:missing])
+            missing -= len(made[-1])
+    return made
 
 
 def development_split(targets: ArrayLike, share: float, seed: Sequence[int]) -> tuple[Indices, Indices]:

@@ -59,10 +59,10 @@ class ConvBlock(Layer):
 
 
 class Dense(Layer):
-    """Fully connected: y = x w + b."""
+    """Fully connected: y = x w + b. behind_relu: ReLU (or dropout) made x, and takes no gradient where x is 0."""
 
-    def __init__(self, k: ModuleType, name: str, w: Array, b: Array) -> None:
-        self.k, self.name = k, name
+    def __init__(self, k: ModuleType, name: str, w: Array, b: Array, behind_relu: bool = False) -> None:
+        self.k, self.name, self.behind_relu = k, name, behind_relu
         self.params = {f"{name}.w": w, f"{name}.b": b}
 
     def forward(self, x: Array, n: int | None) -> Array:
@@ -72,27 +72,32 @@ class Dense(Layer):
 
     def backward(self, dy: Array, sink: Sink, need_dx: bool) -> Array | None:
         (name_w, w), (name_b, b) = self.params.items()
-        dx = self.k.dense_backward_input(dy, w) if need_dx else None
+        dx = self.k.dense_backward_input(dy, w, self.x if self.behind_relu else None) if need_dx else None
         sink.add_product(self.k, name_w, w, self.x, dy)
         sink.add(self.k, name_b, b, self.k.dense_backward_bias(dy))
         return dx
 
 
 class LSTM(Layer):
-    """A sequence of inputs to a sequence of hidden states: (B, T, I) -> (B, T, H)."""
+    """A sequence of inputs to a sequence of hidden states: (B, T, I) -> (B, T, H). behind_relu: as for `Dense`."""
 
-    def __init__(self, k: ModuleType, name: str, wx: Array, wh: Array, b: Array) -> None:
-        self.k, self.arrays, self.name = k, kernels.arrays(k), name
+    def __init__(self, k: ModuleType, name: str, wx: Array, wh: Array, b: Array, behind_relu: bool = False) -> None:
+        self.k, self.arrays, self.name, self.behind_relu = k, kernels.arrays(k), name, behind_relu
         self.params = {f"{name}.wx": wx, f"{name}.wh": wh, f"{name}.b": b}
 
     def forward(self, x: Array, n: int | None) -> Array:
-        self.x = x
         B, T, I = x.shape
         return self.recur(self.project(x.reshape(B * T, I)).reshape(B, T, -1))
+
+    def backward(self, dy: Array, sink: Sink, need_dx: bool) -> Array | None:
+        B, T, _ = dy.shape
+        dx = self.project_backward(self.recur_backward(dy, sink), sink, need_dx)
+        return dx.reshape(B, T, -1) if dx is not None else None
 
     def project(self, x: Array) -> Array:
         """What the inputs add to the gates, of all time steps at once: (rows, I) -> (rows, 4H)."""
         wx, _, b = self.params.values()
+        self.x = x
         return self.k.dense_forward(x, wx, b)
 
     def recur(self, z: Array) -> Array:
@@ -101,15 +106,20 @@ class LSTM(Layer):
         self.h, self.c, self.gates = self.k.lstm_forward(z, wh)
         return self.h
 
-    def backward(self, dy: Array, sink: Sink, need_dx: bool) -> Array | None:
-        (name_wx, wx), (name_wh, wh), (name_b, b) = self.params.items()
+    def recur_backward(self, dy: Array, sink: Sink) -> Array:
+        """Back through time: (B, T, H) -> (B*T, 4H), the gradient of what `project` gave."""
+        _, (name_wh, wh), (name_b, b) = self.params.items()
         B, T, H = dy.shape
         dz = self.k.lstm_backward(dy, self.gates, self.c, wh).reshape(B * T, 4 * H)
-        dx = self.k.dense_backward_input(dz, wx).reshape(self.x.shape) if need_dx else None
-        h_before = self.arrays.step_before(self.h).reshape(B * T, H)
-        sink.add_product(self.k, name_wx, wx, self.x.reshape(B * T, -1), dz)
-        sink.add_product(self.k, name_wh, wh, h_before, dz)
+        sink.add_product(self.k, name_wh, wh, self.arrays.step_before(self.h).reshape(B * T, H), dz)
         sink.add(self.k, name_b, b, self.k.dense_backward_bias(dz))
+        return dz
+
+    def project_backward(self, dz: Array, sink: Sink, need_dx: bool) -> Array | None:
+        """(rows, 4H) -> (rows, I)."""
+        name_wx, wx = next(iter(self.params.items()))
+        dx = self.k.dense_backward_input(dz, wx, self.x if self.behind_relu else None) if need_dx else None
+        sink.add_product(self.k, name_wx, wx, self.x, dz)
         return dx
 
 
@@ -238,3 +248,27 @@ class TimeDistributed(Layer):
     def backward(self, dy: Array, sink: Sink, need_dx: bool) -> Array | None:
         dx = self.layer.backward(dy.reshape(-1, *dy.shape[2:]), sink, need_dx)
         return dx.reshape(*self.leading, *dx.shape[1:]) if dx is not None else None
+
+
+class SharedWindows(Layer):
+    """Windows, TimeDistributed(blocks) and the LSTM behind them, where samples of a batch have windows in common.
+
+    x (D, frames, F) are the distinct windows, place (B, T) says which of them a sample reads at every step. A window
+    passes the blocks and the LSTM's input weights once, with one dropout mask, and its gradient is the sum of what the
+    samples send back: the gradient of the batch is that of windows computed one by one, under the same masks.
+    """
+
+    def __init__(self, blocks: Layer, lstm: LSTM, place: Array) -> None:
+        self.blocks, self.lstm, self.place = blocks, lstm, place
+        self.params = blocks.params | lstm.params
+
+    def forward(self, x: Array, n: int | None) -> Array:
+        z = self.lstm.project(self.blocks.forward(x, n))
+        return self.lstm.recur(self.lstm.arrays.take_rows(z, self.place))
+
+    def backward(self, dy: Array, sink: Sink, need_dx: bool) -> Array | None:
+        dz = self.lstm.recur_backward(dy, sink)
+        dz = self.lstm.arrays.add_rows(dz, self.place, len(self.lstm.x))
+        dx = self.lstm.project_backward(dz, sink, need_dx=True)
+        assert dx is not None
+        return self.blocks.backward(dx, sink, need_dx)

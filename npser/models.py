@@ -30,6 +30,7 @@ from npser.layers import (
     Layer,
     ReLU,
     Sequential,
+    SharedWindows,
     TimeDistributed,
     Windows,
 )
@@ -61,7 +62,7 @@ def _cnn(make: "Maker", filters: int, hidden: int, bins: int, classes: int, drop
     features = (bins // 4) ** 2 * filters
     return [
         _convolutions(make, filters, dropout),
-        make.dense("dense1", features, hidden),
+        make.dense("dense1", features, hidden, behind_relu=True),
         ReLU(make.k),
         make.dropout(dropout),
         make.dense("out", hidden, classes),
@@ -85,7 +86,7 @@ def _tdcnn(make: "Maker", filters: int, hidden: int, bins: int, classes: int, dr
     return [
         Windows(make.k, bins, WINDOW_HOP, WINDOWS),
         TimeDistributed(_convolutions(make, filters, dropout)),
-        make.lstm("lstm1", features, hidden),
+        make.lstm("lstm1", features, hidden, behind_relu=True),
         make.lstm("lstm2", hidden, hidden),
         LastStep(make.k),
         make.dense("out", hidden, classes),
@@ -132,16 +133,16 @@ class Maker:
         w = self._glorot((3, 3, channels, filters), 9 * channels, 9 * filters)
         return ConvBlock(self.k, name, self.own(w), self.own(np.zeros(filters, self.dtype)))
 
-    def dense(self, name: str, inputs: int, outputs: int) -> Dense:
+    def dense(self, name: str, inputs: int, outputs: int, behind_relu: bool = False) -> Dense:
         w = self._glorot((inputs, outputs), inputs, outputs)
-        return Dense(self.k, name, self.own(w), self.own(np.zeros(outputs, self.dtype)))
+        return Dense(self.k, name, self.own(w), self.own(np.zeros(outputs, self.dtype)), behind_relu)
 
-    def lstm(self, name: str, inputs: int, hidden: int) -> LSTM:
+    def lstm(self, name: str, inputs: int, hidden: int, behind_relu: bool = False) -> LSTM:
         wx = self._glorot((inputs, 4 * hidden), inputs, hidden)
         wh = self._recurrent(hidden)
         b = np.zeros(4 * hidden, self.dtype)
         b[hidden : 2 * hidden] = 1  # the forget gate starts open
-        return LSTM(self.k, name, self.own(wx), self.own(wh), self.own(b))
+        return LSTM(self.k, name, self.own(wx), self.own(wh), self.own(b), behind_relu)
 
     def dropout(self, rate: float) -> Dropout:
         self.dropouts += 1
@@ -187,6 +188,7 @@ class Model:
         self.arrays = kernels.arrays(self.k)
         self.layers = layers
         self.input_frames = input_frames(arch, self.settings["bins"])
+        self.window_frames = self.settings["bins"]  # tdcnn: of each of the windows in its input
         self.dtype = np.dtype(self.settings["dtype"])
         classes = self.settings["classes"]
         self.labels = PAPER_LABELS if classes == len(PAPER_LABELS) else tuple(f"class {n}" for n in range(classes))
@@ -206,10 +208,26 @@ class Model:
                 raise ValueError(f"{name} has shape {mine.shape}, not {value.shape}")
             self.arrays.assign(mine, value)
 
-    def _logits(self, x: Array, n: int | None) -> Array:
+    def _check_shape(self, x: Array) -> None:
         if x.ndim != 3 or x.shape[1:] != (self.input_frames, self.settings["bins"]):
             raise ValueError(f"x has shape {x.shape}, not (B, {self.input_frames}, {self.settings['bins']})")
+
+    def _logits(self, x: Array, n: int | None) -> Array:
+        self._check_shape(x)
         return self.layers.forward(self.arrays.asarray(x, self.dtype), n)
+
+    def distinct_windows(self, starts: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """tdcnn: where the distinct windows of samples that begin at `starts` (B,) begin, (D,), and `place` (B, 4)."""
+        windows = starts[:, None] + WINDOW_HOP * np.arange(WINDOWS)
+        distinct, place = np.unique(windows, return_inverse=True)
+        return distinct, place.reshape(windows.shape)
+
+    def shared(self, place: Array) -> Sequential:
+        """tdcnn on the distinct windows of a batch, x (D, bins, bins): see `npser.layers.SharedWindows`."""
+        _, blocks, first, *rest = self.layers.layers
+        assert isinstance(blocks, TimeDistributed)
+        assert isinstance(first, LSTM)
+        return Sequential([SharedWindows(blocks.layer, first, place), *rest])
 
     def loss_and_grads(self, x: Array, y: NDArray[Any]) -> tuple[float, dict[str, Array]]:
         """Mean cross-entropy of the batch and the gradient of every parameter; dropout off."""
@@ -222,20 +240,23 @@ class Model:
         """One update of the parameters, in place; returns the batch's loss before it."""
         return float(self.train_batch(x, self.arrays.asarray(y), sgd)[0])
 
-    def train_batch(self, x: Array, y: Array, sgd: SGD) -> tuple[Any, Array]:
+    def train_batch(self, x: Array, y: Array, sgd: SGD, place: Array | None = None) -> tuple[Any, Array]:
         """`train_step` that also returns the probabilities (B, K), dropout on, of which the loss was computed.
 
         y, loss and probabilities are of the rung: on a GPU nothing here waits for them. Nothing is updated when the
-        loss is known not to be finite.
+        loss is known not to be finite. With `place` (tdcnn), x (D, bins, bins) are the distinct windows of the batch.
         """
-        loss, p = self.k.cross_entropy_forward(self._logits(x, sgd.updates), y)
+        layers = self.layers if place is None else self.shared(place)
+        logits = self._logits(x, sgd.updates) if place is None else layers.forward(x, sgd.updates)
+        loss, p = self.k.cross_entropy_forward(logits, y)
         if not self.arrays.diverged(loss):
             dlogits = self.k.cross_entropy_backward(p, y)
-            sgd.update(self.k, self.layers.params, lambda sink: self.layers.backward(dlogits, sink, need_dx=False))
+            sgd.update(self.k, self.layers.params, lambda sink: layers.backward(dlogits, sink, need_dx=False))
         return loss, p
 
     def predict_proba(self, x: Array, batch_size: int = 32) -> Array:
         """Class probabilities (B, K) of B windows, computed in batches to bound the memory."""
+        self._check_shape(x)  # of an empty batch, too
         parts = [self.k.softmax(self._logits(x[i : i + batch_size], None)) for i in range(0, len(x), batch_size)]
         nothing = np.empty((0, self.settings["classes"]), self.dtype)
         return np.concatenate([nothing, *map(self.arrays.asnumpy, parts)])

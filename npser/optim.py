@@ -46,20 +46,29 @@ class SGD:
 
     Holds the velocities and n, so it serves one model; keep it between steps. With clip_norm, gradients whose common
     Euclidean norm exceeds it are first scaled down to it (Pascanu, Mikolov and Bengio 2013): recurrent networks need it
-    where the error explodes on its way back through time. Off by default, as in the paper.
+    where the error explodes on its way back through time. Off by default, as in the paper. With final_rate, the rate
+    falls further, linearly, to that share of itself after `total` updates; it stays there.
     """
 
     def __init__(
-        self, lr: float = 0.01, momentum: float = 0.8, decay: float = 1e-6, clip_norm: float | None = None
+        self,
+        lr: float = 0.01,
+        momentum: float = 0.8,
+        decay: float = 1e-6,
+        clip_norm: float | None = None,
+        final_rate: float = 1.0,
+        total: int = 1,
     ) -> None:
         self.lr, self.momentum, self.decay, self.clip_norm = lr, momentum, decay, clip_norm
+        self.final_rate, self.total = final_rate, total
         self.updates = 0
         self.velocities: dict[str, Array] = {}
 
     @property
     def rate(self) -> float:
         """The learning rate of the next update."""
-        return self.lr / (1 + self.decay * self.updates)
+        fallen = (1 - self.final_rate) * min(self.updates / self.total, 1)
+        return self.lr / (1 + self.decay * self.updates) * (1 - fallen)
 
     def _velocity(self, k: ModuleType, name: str, w: Array) -> Array:
         if name not in self.velocities:

@@ -4,9 +4,7 @@ Everything random is drawn from the seed and the epoch's number, and the checkpo
 run that was stopped and resumed gives the same numbers as one that was not.
 """
 
-import os
 import time
-import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +16,17 @@ from numpy.typing import NDArray
 from kernels.reference import Array
 from npser.errors import RunFailed
 from npser.features import WindowSet
-from npser.folds import random_oversampling
+from npser.files import replacing
+from npser.folds import oversampled_runs, runs
 from npser.inference import window_probabilities
+from npser.modelfile import DAMAGE
 from npser.models import Model
 from npser.optim import SGD
 from npser.progress import Progress, duration
-from npser.runfolder import EpochResult
+from npser.recipes import Recipe
+from npser.runfolder import EpochResult, explained
 
-_OVERSAMPLING, _SHUFFLING = 1, 2  # last words of the generators' seeds: two unrelated streams
+_OVERSAMPLING, _SHUFFLING, _AUGMENTING = 1, 2, 3  # words of the generators' seeds: unrelated streams
 LOOK_EVERY = 0.5  # seconds between two readings of loss and accuracy where reading waits for a GPU
 
 
@@ -38,11 +39,25 @@ class Task:
     seed: Sequence[int]
     epochs: int
     batch_size: int
-    clip_norm: float | None = None  # see npser.optim.SGD
+    clip_norm: float | None = None  # this and what follows: see npser.recipes
+    final_rate: float = 1.0
+    average_last: int = 1
+    share_windows: int = 1
 
-    def oversampled(self) -> NDArray[np.intp]:
-        """The numbers of the windows of an epoch: all, and repeats until every class is as large as the largest."""
-        return random_oversampling(self.targets, np.random.default_rng([*self.seed, _OVERSAMPLING]))
+    @classmethod
+    def of(cls, windows: WindowSet, targets: NDArray[np.int64], seed: Sequence[int], recipe: Recipe) -> "Task":
+        """The task that a recipe makes of these windows."""
+        names = ("epochs", "batch_size", "clip_norm", "final_rate", "average_last", "share_windows")
+        return cls(windows, targets, seed, **{name: getattr(recipe, name) for name in names})
+
+    def optimiser(self) -> SGD:
+        total = self.epochs * steps_per_epoch(self.targets, self.batch_size)
+        return SGD(clip_norm=self.clip_norm, final_rate=self.final_rate, total=total)
+
+    def oversampled(self) -> list[NDArray[np.intp]]:
+        """The numbers of the windows of an epoch, in runs: all, and repeats until the classes are equally large."""
+        pieces = runs(self.windows.owner, self.share_windows)
+        return oversampled_runs(self.targets, pieces, np.random.default_rng([*self.seed, _OVERSAMPLING]))
 
 
 def steps_per_epoch(targets: NDArray[np.int64], batch_size: int) -> int:
@@ -56,29 +71,68 @@ def fit(model: Model, task: Task, progress: Progress, checkpoint: "Checkpoint | 
 
     Raises RunFailed when the loss is no longer finite.
     """
-    sgd = SGD(clip_norm=task.clip_norm)
-    done = checkpoint.load(model, sgd) if checkpoint else []
+    sgd = task.optimiser()
+    mean = MeanWeights()
+    done = checkpoint.load(model, sgd, mean, task.epochs) if checkpoint else []
     progress.skip(len(done) * steps_per_epoch(task.targets, task.batch_size))
-    for result in train_epochs(model, sgd, task, progress, first=len(done)):
+    for result in train_epochs(model, sgd, task, progress, len(done), mean):
         done.append(result)
         if checkpoint and result.epoch < task.epochs:
-            progress.say(f"    checkpoint written in {duration(checkpoint.save(model, sgd, done))}")
+            progress.say(f"    checkpoint written in {duration(checkpoint.save(model, sgd, done, mean))}")
     return done
 
 
-def train_epochs(model: Model, sgd: SGD, task: Task, progress: Progress, first: int = 0) -> Iterator[EpochResult]:
-    """Train epoch after epoch, `first` of them done already; yields each one's result when it is over."""
+class MeanWeights:
+    """The mean of a network's parameters at several moments, by name; empty before the first.
+
+    The last steps of stochastic gradient descent wander around a minimum, their mean lies nearer to it (Polyak and
+    Juditsky 1992; Izmailov et al. 2018).
+    """
+
+    def __init__(self) -> None:
+        self.params: dict[str, Array] = {}
+        self.count = 0
+
+    def add(self, model: Model) -> None:
+        self.count += 1
+        for name, value in model.params.items():
+            if self.count == 1:
+                self.params[name] = value.copy()
+            else:
+                mean = self.params[name]
+                mean += (value - mean) / mean.dtype.type(self.count)
+
+
+def train_epochs(
+    model: Model, sgd: SGD, task: Task, progress: Progress, first: int = 0, mean: "MeanWeights | None" = None
+) -> Iterator[EpochResult]:
+    """Train epoch after epoch, `first` of them done already; yields each one's result when it is over.
+
+    After the last epoch, the model has the weights that the task asks for: those of its last step, or the mean of the
+    last epochs'. `mean` is what was averaged already.
+    """
+    mean = mean or MeanWeights()
     k, length = model.arrays, task.windows.length
-    windows, frames = task.oversampled(), k.asarray(task.windows.everything)
+    pieces, frames, held = task.oversampled(), None, None
     for epoch in range(first, task.epochs):
-        order = np.random.default_rng([*task.seed, _SHUFFLING, epoch]).permutation(windows)
-        starts, targets = k.asarray(task.windows.rows[order]), k.asarray(task.targets[order])
+        shuffled = np.random.default_rng([*task.seed, _SHUFFLING, epoch]).permutation(len(pieces))
+        order = np.concatenate([pieces[i] for i in shuffled])
+        drawn, rows = task.windows.epoch(np.random.default_rng([*task.seed, _AUGMENTING, epoch]))
+        if drawn is not held:  # without augmentation they stay where they are
+            held, frames = drawn, k.asarray(drawn)
+        rows, targets = rows[order], k.asarray(task.targets[order])
+        starts = k.asarray(rows)
         tally, loss_mean, accuracy, reported = k.Tally(), 0.0, 0.0, 0
         started = before = time.monotonic()
         for at in range(0, len(order), task.batch_size):
             seen = min(at + task.batch_size, len(order))  # the last batch may be smaller
             y = targets[at:seen]
-            loss, p = model.train_batch(k.take_windows(frames, starts[at:seen], length), y, sgd)
+            if task.share_windows == 1:
+                loss, p = model.train_batch(k.take_windows(frames, starts[at:seen], length), y, sgd)
+            else:
+                distinct, place = map(k.asarray, model.distinct_windows(rows[at:seen]))
+                windows = k.take_windows(frames, distinct, model.window_frames)
+                loss, p = model.train_batch(windows, y, sgd, place)
             if k.diverged(loss):
                 raise _diverged(float(loss), epoch, sgd.updates + 1)
             tally.add(loss, p, y)
@@ -95,6 +149,10 @@ def train_epochs(model: Model, sgd: SGD, task: Task, progress: Progress, first: 
             before, reported = now, seen
         result = EpochResult(epoch + 1, loss_mean, accuracy, time.monotonic() - started)
         progress.epoch_done(result, task.epochs, len(order))
+        if task.average_last > 1 and result.epoch > task.epochs - task.average_last:
+            mean.add(model)
+            if result.epoch == task.epochs:
+                model.set_params(mean.params)
         yield result
 
 
@@ -142,39 +200,57 @@ class Checkpoint:
     def __init__(self, path: Path, identity: str, progress: Progress) -> None:
         self.path, self.identity, self.progress = path, identity, progress
 
-    def save(self, model: Model, sgd: SGD, done: Sequence[EpochResult]) -> float:
+    def save(self, model: Model, sgd: SGD, done: Sequence[EpochResult], mean: MeanWeights | None = None) -> float:
         """Write the state; returns the seconds that it took. RunFailed when the disk is full."""
         started = time.monotonic()
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
         arrays: dict[str, Any] = {f"params/{name}": value for name, value in model.params.items()}
         arrays |= {f"velocities/{name}": model.arrays.asnumpy(value) for name, value in sgd.velocities.items()}
+        if mean and mean.count:
+            arrays |= {"averaged": mean.count, **{f"mean/{name}": value for name, value in mean.params.items()}}
         epochs = np.array([[r.epoch, r.loss, r.accuracy, r.seconds] for r in done])
         try:
-            with open(temporary, "wb") as file:
+            with replacing(self.path, to_disk=False) as file:
                 np.savez(file, identity=np.array(self.identity), updates=sgd.updates, epochs=epochs, **arrays)
-            os.replace(temporary, self.path)
-        except BaseException as error:
-            temporary.unlink(missing_ok=True)
-            if isinstance(error, OSError):
-                raise RunFailed(f"{self.path}: cannot write the checkpoint ({error.strerror})") from error
-            raise
+        except OSError as error:
+            raise explained(self.path, error) from error
         return time.monotonic() - started
 
-    def load(self, model: Model, sgd: SGD) -> list[EpochResult]:
-        """Restore the state, if there is one, and return the results of the epochs done."""
-        if not self.path.exists():
+    def load(self, model: Model, sgd: SGD, mean: MeanWeights, epochs: int) -> list[EpochResult]:
+        """Restore the state, if there is one, and return the results of the epochs done, fewer than `epochs`."""
+        if not self.path.is_file():
             return []
         try:
-            with np.load(self.path, allow_pickle=False) as file:
+            if self.path.stat().st_size > 2**20 + 4 * sum(value.nbytes for value in model.params.values()):
+                raise ValueError("it is larger than the network")
+            with self.path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+                if sum(member.file_size for member in file.zip.infolist()) > self.path.stat().st_size:
+                    raise ValueError("its contents are compressed, or claim to be larger than the file")
                 if str(file["identity"]) != self.identity:
                     raise ValueError("it belongs to another training")
-                params = {name: file[f"params/{name}"] for name in model.params}
-                velocities = {name: file[f"velocities/{name}"] for name in model.params}
-                updates, epochs = int(file["updates"]), file["epochs"]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            self.progress.say(f"{self.path.name} cannot be used ({error}): this fold starts at its beginning")
+                params = {name: _like(value, file[f"params/{name}"]) for name, value in model.params.items()}
+                velocities = {name: _like(value, file[f"velocities/{name}"]) for name, value in model.params.items()}
+                updates, rows = int(file["updates"]), file["epochs"]
+                count = int(file["averaged"]) if "averaged" in file else 0
+                averaged = model.params.items() if count else ()
+                means = {name: _like(value, file[f"mean/{name}"]) for name, value in averaged}
+            if updates < 1 or rows.ndim != 2 or rows.shape[1] != 4 or not np.isfinite(rows).all():
+                raise ValueError("its epochs are damaged")
+            done = [EpochResult(int(epoch), *map(float, values)) for epoch, *values in rows]
+            if [result.epoch for result in done] != list(range(1, len(done) + 1)) or not 0 < len(done) < epochs:
+                raise ValueError("its epochs are not those of this training")
+        except DAMAGE as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            self.progress.say(f"{self.path.name} cannot be used ({reason}): this fold starts at its beginning")
             return []
         model.set_params(params)
         sgd.velocities = {name: model.arrays.asarray(value) for name, value in velocities.items()}
         sgd.updates = updates
-        return [EpochResult(int(epoch), *map(float, values)) for epoch, *values in epochs]
+        mean.params, mean.count = means, count
+        return done
+
+
+def _like(mine: Array, read: NDArray[Any]) -> Array:
+    """What was read in the place of an array; ValueError where it cannot be."""
+    if read.shape != mine.shape or read.dtype != mine.dtype or not np.isfinite(read).all():
+        raise ValueError(f"it holds {read.dtype} {read.shape} where finite {mine.dtype} {mine.shape} are expected")
+    return np.ascontiguousarray(read)

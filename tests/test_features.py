@@ -9,7 +9,7 @@ from npser import features
 from npser.corpus import open_corpus
 from npser.errors import UserError
 from npser.features import LOG_FLOOR, Standardisation, WindowSet, log_magnitude, window_count
-from npser.frontend import read_frames
+from npser.frontend import read_frames, read_versions
 
 K = kernels.rung("cpu")
 
@@ -111,3 +111,21 @@ def test_an_unusable_recording_is_named(tmp_path, cache):
     with pytest.raises(UserError, match=r"anger/a\.wav"):
         read_frames(open_corpus(str(tmp_path / "c")), "cpu", threads=2)
     assert not cache.exists()
+
+
+def test_a_recording_played_faster_is_shorter_and_higher(tones, cache, tmp_path):
+    corpus = open_corpus(str(tones))
+    plain, faster = read_versions(corpus, "cpu", 1, (1.25,))
+    for before, after in zip(plain, faster, strict=True):
+        assert abs(len(before) / len(after) - 1.25) < 0.02
+        low, high = (frames[5:-5].mean(axis=0)[2:60].argmax() + 2 for frames in (before, after))
+        assert abs(high - 1.25 * low) < 1.5  # bins, which are whole numbers
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_the_shortest_recording_fills_a_frame_at_every_speed(tmp_path, cache):
+    for emotion in ("anger", "sadness"):
+        (tmp_path / "c" / emotion).mkdir(parents=True)
+        soundfile.write(tmp_path / "c" / emotion / "a.wav", np.sin(np.arange(260)), 16000)
+    for frames in read_versions(open_corpus(str(tmp_path / "c")), "cpu", 1, (1.25, 0.5)):
+        assert all(len(x) >= 1 for x in frames)

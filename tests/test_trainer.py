@@ -36,7 +36,7 @@ def test_epoch_holds_every_window_and_as_many_of_each_class():
     windows = WindowSet([utterance(n) for n in (5, 2, 1)], FLAT, 128, 8)
     targets = np.array([0, 1, 2])[windows.owner]
     task = Task(windows, targets, (0, 0, 0), 1, 4)
-    chosen = task.oversampled()
+    chosen = np.concatenate(task.oversampled())
     assert np.bincount(targets[chosen]).tolist() == [5, 5, 5]
     assert set(chosen.tolist()) == set(range(8))
     assert steps_per_epoch(targets, 4) == 4  # 15 windows in batches of 4

@@ -1,0 +1,111 @@
+"""Recipes: everything that the paper leaves silent and that training uses, chosen on development data, under a name.
+
+`paper` uses only what the paper's words support; `best` is what the same networks can do with everything that trials
+showed to be worth having. Every trial is a line of bench/results/development.csv.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from npser.errors import UserError
+
+NAMES = ("paper", "best")
+_OPTIONS = ("epochs", "segment_hop", "batch_size")  # fields that are options of npser.train
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one network is trained. The defaults are the plainest choice: nothing beyond the paper's words."""
+
+    epochs: int = 1
+    segment_hop: int = 16  # frames (8 ms) from one window of an utterance to the next
+    batch_size: int = 32
+    standardisation: str = "bin"  # mean and deviation of the training frames: "bin", each bin its own, or "global"
+    clip_norm: float | None = None  # longest gradient: see npser.optim.SGD
+    final_rate: float = 1.0  # the learning rate falls linearly to this share of it
+    average_last: int = 1  # the weights are the mean of those after so many last epochs
+    share_windows: int = 1  # tdcnn: so many neighbours stand together in a batch, common windows computed once
+    speeds: tuple[float, ...] = ()  # beside 1: in each epoch, every utterance is heard at one of these speeds
+    moving: bool = False  # windows begin anywhere within their share of the utterance, anew in every epoch
+
+    @property
+    def augmented(self) -> bool:
+        return bool(self.speeds or self.moving)
+
+
+RECIPES: Mapping[str, Mapping[str, Recipe]] = {
+    "paper": {
+        "cnn": Recipe(epochs=5, segment_hop=8),
+        "lstm": Recipe(epochs=12, clip_norm=1.0),
+        "tdcnn": Recipe(epochs=4),
+    },
+    "best": {
+        "cnn": Recipe(epochs=16, speeds=(0.95, 1.05), moving=True, final_rate=0.05),
+        "lstm": Recipe(epochs=12, clip_norm=1.0, average_last=3),
+        "tdcnn": Recipe(epochs=10, speeds=(0.95, 1.05), moving=True, final_rate=0.05),  # follows cnn
+    },
+}
+
+
+# The built-in corpus is there to be run at once: a short protocol with the same networks.
+DEMO: Mapping[str, Mapping[str, int]] = {
+    "cnn": {"epochs": 4, "segment_hop": 16, "batch_size": 16},
+    "lstm": {"epochs": 10, "segment_hop": 16, "batch_size": 16},
+    "tdcnn": {"epochs": 3, "segment_hop": 28, "batch_size": 16},
+}
+
+
+def recipe_for(name: str, arch: str, demo: bool, given: Mapping[str, Any]) -> Recipe:
+    """The named recipe of a network, on the built-in corpus or another, with the fields that were given."""
+    return replace(RECIPES[name][arch], **{**(DEMO[arch] if demo else {}), **given})
+
+
+def as_settings(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as config.json and model files hold it: what has an option of its own, then the rest as `training`."""
+    everything = asdict(recipe)
+    own = {name: everything.pop(name) for name in _OPTIONS}
+    return {**own, "training": everything | {"speeds": list(recipe.speeds)}}
+
+
+def from_settings(config: Mapping[str, Any]) -> Recipe:
+    """The recipe that `as_settings` wrote."""
+    rest = dict(config["training"])
+    return Recipe(**{name: config[name] for name in _OPTIONS}, **rest | {"speeds": tuple(rest["speeds"])})
+
+
+def describe(recipe: Recipe) -> str:
+    """A recipe on one line: epochs, hop and batch, then whatever differs from the plainest choice."""
+    said = [f"{name}={getattr(recipe, name)}" for name in ("epochs", "segment_hop", "batch_size")]
+    for field in fields(Recipe)[1:]:
+        value = getattr(recipe, field.name)
+        if value != field.default and f"{field.name}={value}" not in said:
+            shown = ",".join(f"{x:g}" for x in value) if isinstance(value, tuple) else value
+            said.append(f"{field.name}={shown}")
+    return " ".join(said)
+
+
+def changed(recipe: Recipe, settings: Mapping[str, str]) -> Recipe:
+    """The recipe with some fields set anew from text. UserError for an unknown field or a value of another kind."""
+    values: dict[str, Any] = {}
+    for name, text in settings.items():
+        if name not in asdict(recipe):
+            raise UserError(f"--set {name}: a recipe has {', '.join(asdict(recipe))}")
+        values[name] = _value(name, text)
+    return replace(recipe, **values)
+
+
+def _value(name: str, text: str) -> Any:
+    kind = next(str(getattr(f.type, "__name__", f.type)) for f in fields(Recipe) if f.name == name)
+    try:
+        if kind == "str":
+            return text
+        if kind.startswith("tuple"):
+            return tuple(float(part) for part in text.split(",") if part)
+        if text == "None" and "None" in kind:
+            return None
+        if kind == "bool":
+            return {"True": True, "False": False}[text]
+        return int(text) if kind == "int" else float(text)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"--set {name}={text}: {kind} is wanted") from error
