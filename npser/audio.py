@@ -99,7 +99,9 @@ def _resampled_blocks(path: str) -> Iterator[Samples]:
             raise UserError(f"{path}: truncated, the header promises more data than the file holds; copy it again")
         with _opened(path) as file:
             # The filter grows with the rate: a damaged one would exhaust memory.
-            if file.promised and not 1000 <= file.rate <= 768_000:
+            if not 1000 <= file.rate <= 768_000:
+                if not file.promised:
+                    raise UserError(f"{path}: empty, it holds no samples; remove it or record it again")
                 raise UserError(
                     f"{path}: sample rate of {file.rate} Hz is not that of a speech recording; convert it to 16 kHz"
                 )
@@ -132,17 +134,24 @@ def _opened(path: str) -> Iterator[_Decoded]:
     except ImportError:
         yield _decoded_wav(path)
         return
-    with soundfile.SoundFile(path) as file:
+    with soundfile.SoundFile(as_bytes(path)) as file:
         # The length of an MP3 file without an index is an estimate: a shortage of up to two of its frames is no damage.
         least = file.frames - (2 * 1152 if file.format in ("MP3", "MPEG") else 0)
         yield _Decoded(_blocks(file), file.samplerate, file.frames, least)
+
+
+def as_bytes(path: str) -> str | bytes:
+    """A path as soundfile takes it, which does not know the stray bytes that a name may hold."""
+    return os.fsencode(path) if os.name == "posix" else path
 
 
 def _blocks(file: Any) -> Iterator[Samples]:
     """Of a soundfile.SoundFile: memory grows with neither the file nor what its header claims."""
     block = max(1, _BLOCK // file.channels)
     while len(samples := file.read(block, dtype="float64", always_2d=True)):
-        yield samples.mean(axis=1)
+        with np.errstate(invalid="ignore", over="ignore"):  # infinities are refused in a moment
+            mono = samples.mean(axis=1)
+        yield mono  # not within errstate, which a generator that is closed elsewhere could not leave
 
 
 def _decoded_wav(path: str) -> _Decoded:

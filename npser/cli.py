@@ -5,22 +5,24 @@ import ctypes
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from npser.errors import RunFailed, UserError
+from npser.errors import RunFailed, UserError, printable
 
 
 class Parser(argparse.ArgumentParser):
     """An option parser that says what is wrong in one line, without repeating all options."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog.removeprefix('python -m ')}: {message} (--help tells the options)\n")
+        self.exit(2, f"{self.prog.removeprefix('python -m ')}: {printable(message)} (--help tells the options)\n")
 
 
 def keep_memory() -> None:
@@ -39,13 +41,21 @@ def keep_memory() -> None:
 
 
 def run(command: str, main: Callable[[], int]) -> None:
-    """Run a command to its exit status: 0 ok, 1 the run failed, 2 wrong use or bad input, 130 interrupted."""
+    """Run a command to its exit status: 0 ok, 1 the run failed, 2 wrong use or bad input, 130 interrupted.
+
+    SIGTERM, which batch systems send, is an interruption as Ctrl-C is: nothing half-written stays. A second one while
+    the first is being answered changes nothing.
+    """
+    _on_signals(_interrupt)
     keep_memory()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
     try:
-        status = main()
-        sys.stdout.flush()
+        try:
+            status = main()
+            sys.stdout.flush()
+        finally:
+            _on_signals(signal.SIG_IGN)  # the end is near: its message is not to be interrupted
     except UserError as error:
         print(f"{command}: {error}", file=sys.stderr)
         status = 2
@@ -53,6 +63,7 @@ def run(command: str, main: Callable[[], int]) -> None:
         print(f"{command}: {error}", file=sys.stderr)
         status = 1
     except KeyboardInterrupt:
+        exec("")  # one that broke off an exec, as imports have, marks Python to end by SIGINT, whatever the status is
         print(f"{command}: interrupted", file=sys.stderr)
         status = 130
     except BrokenPipeError:  # the reader, `head` for one, has seen enough
@@ -61,12 +72,27 @@ def run(command: str, main: Callable[[], int]) -> None:
     sys.exit(status)
 
 
-def whole(least: int) -> Any:
-    """An argparse type: a whole number, at least so large."""
+def _on_signals(handler: Any) -> None:
+    """What SIGINT and SIGTERM do from now on; one that is ignored, as in a shell's background, stays so."""
+    if threading.current_thread() is threading.main_thread():  # no other may say so
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, handler)
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    _on_signals(signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def whole(least: int, most: int = 2**63 - 1) -> Any:
+    """An argparse type: a whole number, at least and at most so large."""
 
     def parse(text: str) -> int:
-        if not re.fullmatch(r"\d+", text) or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        if not re.fullmatch(r"[0-9]{1,19}", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number of at least {least}")
+        if int(text) > most:
+            raise argparse.ArgumentTypeError(f"{text} is more than {most}")
         return int(text)
 
     return parse
@@ -85,7 +111,10 @@ def set_threads(wanted: int | None, backend: str) -> int:
 
     try:
         numba.set_num_threads(threads)
-    except ValueError:
+    except ValueError as error:
+        layer = os.environ.get("NUMBA_THREADING_LAYER")
+        if layer and "threading layer" in str(error):
+            raise UserError(f"NUMBA_THREADING_LAYER={layer}: Numba finds no such layer here: unset it") from None
         raise UserError(
             f"--threads {threads}: NUMBA_NUM_THREADS={os.environ.get('NUMBA_NUM_THREADS')} allows fewer: unset it"
         ) from None
@@ -95,6 +124,8 @@ def set_threads(wanted: int | None, backend: str) -> int:
 @contextmanager
 def computing(backend: str, precision: str = "float32") -> Iterator[None]:
     """Asks for the GPU at once, if that is the backend; within, one that is not there or too small is a UserError."""
+    if precision != "float32" and backend != "cuda":
+        raise UserError(f"--precision {precision}: the {backend} has float32 only: add --backend cuda")
     import kernels
 
     try:

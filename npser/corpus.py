@@ -68,7 +68,7 @@ def open_corpus(which: str) -> Corpus:
     if which == "emodb":
         return _folder_corpus(_find_emodb())
     path = Path(which)
-    return _csv_corpus(path) if path.suffix.lower() == ".csv" and path.is_file() else _folder_corpus(path)
+    return _csv_corpus(path) if path.suffix.lower() == ".csv" and os.path.isfile(path) else _folder_corpus(path)
 
 
 def cross_corpus(train: Corpus, test: Corpus) -> Corpus:
@@ -121,7 +121,7 @@ def _find_emodb() -> Path:
 
 def _folder_corpus(folder: Path) -> Corpus:
     """List a folder, by the file names of a known corpus if there are any, else by the folder that each lies in."""
-    if not folder.exists():
+    if not os.path.exists(folder):
         raise UserError(f"--data {folder}: no such folder")
     if not folder.is_dir():
         raise UserError(f"--data {folder}: not a folder; name the folder that holds the recordings, or a .csv file")
@@ -180,7 +180,7 @@ def _csv_corpus(file: Path) -> Corpus:
         path = file.resolve().parent / name
         if not name or not cells["emotion"]:
             raise UserError(f"--data {file}: line {line} has no {'emotion' if name else 'path'}")
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise UserError(f"--data {file}: line {line}: there is no file {path}")
         if name in seen:
             raise UserError(f"--data {file}: line {line}: {name} is there twice")

@@ -5,8 +5,6 @@ statistics of the training data are part of it. Layers are translated one by one
 """
 
 import json
-import os
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from numpy.typing import NDArray
 
 from npser.cli import Parser, run
 from npser.errors import RunFailed, UserError
+from npser.files import replacing
 from npser.modelfile import feature_settings
 from npser.models import Model, load_model
 from npser.scoring import standardisation
@@ -193,13 +192,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _write(target: Path, content: bytes) -> None:
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
-        try:
-            temporary.write_bytes(content)
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(target) as file:
+            file.write(content)
     except OSError as error:
         raise RunFailed(f"{target}: cannot be written ({error.strerror})") from error
 

@@ -1,6 +1,7 @@
 """What is in a corpus: python -m npser.corpus PATH."""
 
 import hashlib
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -8,11 +9,11 @@ from pathlib import Path
 
 import soundfile
 
-from npser.audio import open_recording
+from npser.audio import as_bytes, open_recording
 from npser.cli import Parser
 from npser.corpus import Corpus, open_corpus
 from npser.document import Table, text_table
-from npser.errors import UserError
+from npser.errors import UserError, printable
 from npser.fetch import emodb_manifest
 from npser.layouts import LAYOUTS
 from npser.progress import duration
@@ -60,7 +61,7 @@ def describe(corpus: Corpus, shown: int | None) -> list[str]:
     """The paragraphs about a corpus; shown: how many skipped files are listed at most, None for all."""
     known = [speaker for speaker in corpus.speakers if speaker]
     texts = {u.text for u in corpus.utterances if u.text}
-    title = {layout.name: layout.title for layout in LAYOUTS}.get(corpus.name, corpus.name)
+    title = printable({layout.name: layout.title for layout in LAYOUTS}.get(corpus.name, corpus.name))
     said = [f"{len(corpus.utterances)} recordings", f"{len(corpus.labels)} emotions"]
     said.append(f"{len(known)} speakers" if known else "speakers unknown")
     if texts:
@@ -72,7 +73,7 @@ def describe(corpus: Corpus, shown: int | None) -> list[str]:
         lines += ["", _durations(corpus)]
     if corpus.skipped:
         listed = corpus.skipped[:shown]
-        lines += ["", f"left out: {len(corpus.skipped)} files", *(f"  {line}" for line in listed)]
+        lines += ["", f"left out: {len(corpus.skipped)} files", *(f"  {printable(line)}" for line in listed)]
         if len(listed) < len(corpus.skipped):
             lines.append(f"  and {len(corpus.skipped) - len(listed)} more (--all lists them)")
     return lines
@@ -98,7 +99,9 @@ def _durations(corpus: Corpus) -> str:
     unreadable = 0
     for utterance in corpus.utterances:
         try:
-            info = soundfile.info(utterance.path)
+            if not os.path.isfile(utterance.path):  # a pipe would be waited for
+                raise OSError("not a file")
+            info = soundfile.info(as_bytes(utterance.path))
         except (OSError, RuntimeError, TypeError):
             unreadable += 1
             continue

@@ -11,9 +11,12 @@ holds, stored uncompressed, so that a file can never ask for more memory than it
 import json
 import math
 import os
+import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +25,7 @@ from numpy.typing import NDArray
 from npser import features
 from npser.errors import UserError
 from npser.features import Standardisation
+from npser.files import replacing
 
 if TYPE_CHECKING:
     from npser.models import Model
@@ -29,9 +33,9 @@ if TYPE_CHECKING:
 FORMAT = 2  # 1 had neither features nor corpus nor cross_validation; it is still read
 STORAGE = ("float32", "float16")
 _CHUNK = 1 << 20  # entries that are converted at once
-_DAMAGE = (
+DAMAGE = (  # what reading an archive can raise that is none, or not ours
     *(OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError, MemoryError),
-    *(OverflowError, RecursionError, zipfile.BadZipFile, zlib.error),
+    *(OverflowError, RecursionError, SyntaxError, tokenize.TokenError, struct.error, zipfile.BadZipFile, zlib.error),
 )
 
 
@@ -41,9 +45,10 @@ def feature_settings() -> dict[str, Any]:
 
 
 def write(model: "Model", path: str | os.PathLike[str], storage: str = "float32") -> None:
-    """Write the file, parameters as float32 or as float16, which halves it and rounds them to 11 bits.
+    """Write the file, whole or not at all; parameters as float32 or as float16, which halves it and rounds to 11 bits.
 
-    A float64 model is written as it is. ValueError for another storage, or where float16 cannot hold a parameter.
+    A float64 model is written as it is. OSError, or ValueError for another storage or where float16 cannot hold a
+    parameter.
     """
     if storage not in STORAGE:
         raise ValueError(f"storage {storage!r}: choose one of {', '.join(STORAGE)}")
@@ -60,7 +65,7 @@ def write(model: "Model", path: str | os.PathLike[str], storage: str = "float32"
     arrays: dict[str, Any] = {f"params/{name}": _stored(name, value, storage) for name, value in model.params.items()}
     if model.scale is not None:
         arrays |= {"scale/mean": model.scale.mean, "scale/deviation": model.scale.deviation}
-    with open(path, "wb") as file:
+    with replacing(Path(path)) as file:
         np.savez(file, about=np.array(json.dumps(about)), **arrays)
 
 
@@ -78,6 +83,8 @@ def read(path: str | os.PathLike[str], backend: str) -> "Model":
     """Read a file that `write` wrote. UserError, naming the file, when it is no such file or is damaged."""
     try:
         size = os.path.getsize(path)
+        if not os.path.isfile(path) and not os.path.isdir(path):  # a pipe would be waited for
+            raise ValueError("not a file")
         with zipfile.ZipFile(path) as archive:
             if sum(member.file_size for member in archive.infolist()) > size:
                 raise ValueError("its contents are compressed, or claim to be larger than the file")
@@ -86,14 +93,14 @@ def read(path: str | os.PathLike[str], backend: str) -> "Model":
         raise UserError(f"{path}: there is no such file") from error
     except IsADirectoryError as error:
         raise UserError(f"{path}: a folder, not a model file") from error
-    except _DAMAGE as error:
+    except DAMAGE as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error) or type(error).__name__
         reason = " ".join(reason.split())[:200]
         raise UserError(f"{path}: not a model file that this program can read ({reason})") from error
 
 
 def _model(archive: zipfile.ZipFile, backend: str) -> "Model":
-    """The model in the archive; any exception of _DAMAGE where it is not one."""
+    """The model in the archive; any exception of DAMAGE where it is not one."""
     from npser.models import blank_model
 
     about = json.loads(str(_array(archive, "about")))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from npser.cli import Parser, computing, run, set_threads, whole
-from npser.errors import RunFailed, UserError
+from npser.errors import RunFailed, UserError, printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,6 +74,12 @@ def parser() -> argparse.ArgumentParser:
         default="cpu",
         choices=("cpu", "reference", "cuda"),
         help="what computes; see npser.train (default: cpu)",
+    )
+    how.add_argument(
+        "--precision",
+        default="float32",
+        choices=("float32", "tf32"),
+        help="of large matrix products with --backend cuda; see npser.train (default: float32)",
     )
     how.add_argument("--threads", type=whole(1), metavar="N", help="processor cores to use (default: all)")
     return p
@@ -203,7 +209,7 @@ class Table:
 
     def window(self, name: str, segment: Segment) -> None:
         if name != self.heading:
-            print(name, file=self.out)
+            print(printable(name), file=self.out)
             self.heading = name
         print(f"  {clock(segment.start)} - {clock(segment.end)}  {self._verdict(segment.p)}", file=self.out, flush=True)
 
@@ -213,7 +219,8 @@ class Table:
             print(f"  {span:{2 * len(clock(0)) + 3}}  {self._verdict(segment.p)}", file=self.out, flush=True)
             self.heading = ""
         else:
-            shown = name if len(name) <= self.width else "..." + name[3 - self.width :]
+            shown = printable(name)
+            shown = shown if len(shown) <= self.width else "..." + shown[3 - self.width :]
             print(f"{shown:{self.width}}  {self._verdict(segment.p)}", file=self.out, flush=True)
 
 
@@ -235,7 +242,9 @@ class Live:
         if self.on and now - self.started > 1 and now - self.drawn > 0.2:
             self.drawn = now
             speed = done / max(now - self.started, 1e-9)
-            self.stream.write(f"\r\x1b[K{name[-40:]}  {clock(done)} of {clock(total)}  {speed:.0f} times real time")
+            self.stream.write(
+                f"\r\x1b[K{printable(name)[-40:]}  {clock(done)} of {clock(total)}  {speed:.0f} times real time"
+            )
             self.stream.flush()
 
     def clear(self) -> None:
@@ -329,7 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.inputs.count("-") > 1:
         raise UserError("-: standard input can be read only once")
     threads = set_threads(options.threads, options.backend)
-    with computing(options.backend):
+    with computing(options.backend, options.precision):
         return _predict(options, threads)
 
 
@@ -367,7 +376,7 @@ def _predict(options: argparse.Namespace, threads: int) -> int:
 
 def _name_width(inputs: Sequence[Input | UserError]) -> int:
     """Columns for the names: what the longest needs, on a terminal at most what the rest of the line leaves."""
-    longest = max((len(source.name) for source in inputs if isinstance(source, Input)), default=0)
+    longest = max((len(printable(source.name)) for source in inputs if isinstance(source, Input)), default=0)
     return min(longest, max(shutil.get_terminal_size().columns - 75, 16)) if sys.stdout.isatty() else longest
 
 

@@ -4,9 +4,11 @@
     folds/r<R>f<F>.json           one finished fold (repeat R, fold F, counted from 0): a FoldResult
     folds/r<R>f<F>.checkpoint.npz an unfinished fold; the trainer writes it, `save_fold` removes it
     predictions.csv, report.md    made from the fold files, after every fold
+    .lock                         who is at work here: `npser.lock`
 
 A fold is finished when its JSON file is there, and every file is written whole or not at all, so a run may be
-interrupted at any moment and loses at most the fold (or the epochs since the checkpoint) it was working on.
+interrupted at any moment and loses at most the fold (or the epochs since the checkpoint) it was working on. Temporary
+files of a program that was killed are removed by the next one that locks what they were to become.
 """
 
 import csv
@@ -16,9 +18,9 @@ import json
 import math
 import os
 import re
-import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from npser.errors import RunFailed, UserError
+from npser.files import replacing, sweep
+from npser.lock import Lock
 from npser.metrics import confusion_matrix
 
 VOTES = ("sum", "majority")  # sum of the segments' probabilities; majority of the segments' decisions
@@ -49,30 +53,23 @@ _NOT_WRITABLE = {
     errno.EISDIR,
     errno.ENAMETOOLONG,
 }
+_SHARED_FILES = re.compile(r"config\.json|predictions\.csv|report\.md")
 _FOLD_FILE = re.compile(r"r(0|[1-9][0-9]*)f(0|[1-9][0-9]*)\.json")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all: into a temporary file beside it, to the disk, then renamed over `path`.
+    """Write a file whole or not at all (`npser.files`), to the disk.
 
     Text is written as UTF-8; file names that are not valid UTF-8 (Python's surrogate escapes) keep their bytes.
 
     Raises RunFailed when the disk is full or fails, UserError when the place cannot be written to.
     """
     data = content.encode("utf-8", errors="surrogateescape") if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # hidden, and never mistaken for a result
     try:
-        try:
-            with open(temporary, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:  # KeyboardInterrupt too: leave nothing half-written behind
-            temporary.unlink(missing_ok=True)
-            raise
+        with replacing(path) as file:
+            file.write(data)
     except OSError as error:
-        raise _explained(path, error) from error
+        raise explained(path, error) from error
 
 
 @dataclass(frozen=True)
@@ -259,17 +256,25 @@ class RunFolder:
 
     path: Path
     config: Mapping[str, Any]
+    lock: Lock | None = field(default=None, compare=False)  # None: opened to be read
 
     @classmethod
-    def open_or_create(cls, path: Path | str, config: Mapping[str, Any], may_change: Iterable[str] = ()) -> "RunFolder":
-        """Start a run in a new folder, or resume the run that lies there.
+    def open_or_create(
+        cls,
+        path: Path | str,
+        config: Mapping[str, Any],
+        may_change: Iterable[str] = (),
+        only: tuple[int, int] | None = None,
+    ) -> "RunFolder":
+        """Start a run in a new folder, or resume the run that lies there; only: to compute that repeat and fold alone.
 
         config: JSON values; needs `labels` and `vote`. Keys in `may_change` may differ from the ones the run was
         started with; config.json then holds the newest (each fold records its own). Finished folds are read, so that a
         damaged one is found before hours of training, not after.
 
-        Raises UserError when any other key differs (both values are named), when a fold is damaged, or when the folder
-        holds results without a config.json or cannot be written; RunFailed when the disk is full.
+        Raises UserError when any other key differs (both values are named), when a fold is damaged, when another
+        program is at work on the same folds (`npser.lock`), or when the folder holds results without a config.json or
+        cannot be written; RunFailed when the disk is full.
         """
         path = Path(path)
         new = json.loads(json.dumps(dict(config), allow_nan=False))  # as it would be read back: tuples become lists
@@ -277,25 +282,33 @@ class RunFolder:
             raise ValueError(f"the configuration's {fault}")
         try:
             (path / "folds").mkdir(parents=True, exist_ok=True)
+            lock = Lock(path, only)
         except OSError as error:
-            raise _explained(path, error) from error
-        folder = cls(path, new)
-        if (path / "config.json").exists():
-            old = _read_config(path)
-            _refuse_differences(path, old, new, frozenset(may_change))
-            folder.load_folds()
-            if old == new:
-                return folder
-        elif folder.finished() or (path / "predictions.csv").exists():
-            raise UserError(f"{path}: holds results, but no config.json that says whose: use another --out")
-        write_atomically(path / "config.json", _json_text(new))
+            raise explained(path, error) from error
+        folder = cls(path, new, lock)
+        folds = r"r\d+f\d+" if only is None else f"r{only[0]}f{only[1]}"
+        sweep(path / "folds", re.compile(rf"{folds}\.(json|checkpoint\.npz)"))
+        for finished in folder.finished():
+            if only in (None, finished):  # killed between the result and the removal of the checkpoint
+                folder.checkpoint_path(*finished).unlink(missing_ok=True)
+        with lock.shared_files():
+            sweep(path, _SHARED_FILES)
+            if (path / "config.json").exists():
+                old = _read_config(path)
+                _refuse_differences(path, old, new, frozenset(may_change))
+                folder.load_folds()
+                if old == new:
+                    return folder
+            elif folder.finished() or (path / "predictions.csv").exists():
+                raise UserError(f"{path}: holds results, but no config.json that says whose: use another --out")
+            write_atomically(path / "config.json", _json_text(new))
         return folder
 
     @classmethod
     def open(cls, path: Path | str) -> "RunFolder":
         """Open an existing run folder for reading; UserError when it is none or its config.json is damaged."""
         path = Path(path)
-        if not (path / "config.json").is_file():
+        if not os.path.isfile(path / "config.json"):  # which answers for names that no file can have, too
             raise UserError(f"{path}: not a run folder (no config.json): give the --out folder of npser.train")
         return cls(path, _read_config(path))
 
@@ -339,15 +352,16 @@ class RunFolder:
         """Write predictions.csv and report.md from the finished folds, decisions by the configuration's vote."""
         from npser.report import render_markdown  # not at the top: npser.report imports this module
 
-        while True:
-            # Several processes may work in one folder (--only). Whoever writes last looks again whether a fold was
-            # finished meanwhile, so that the tables end up complete.
-            done = self.finished()
-            results = self.load_folds()
-            write_atomically(self.path / "predictions.csv", _predictions_csv(results, self.config))
-            write_atomically(self.path / "report.md", render_markdown(self.config, results))
-            if self.finished() == done:
-                return
+        with self.lock.shared_files() if self.lock else nullcontext():
+            while True:
+                # Several processes may work in one folder (--only). Whoever writes last looks again whether a fold was
+                # finished meanwhile, so that the tables end up complete.
+                done = self.finished()
+                results = self.load_folds()
+                write_atomically(self.path / "predictions.csv", _predictions_csv(results, self.config))
+                write_atomically(self.path / "report.md", render_markdown(self.config, results))
+                if self.finished() == done:
+                    return
 
 
 def _predictions_csv(results: Iterable[FoldResult], config: Mapping[str, Any]) -> str:
@@ -449,7 +463,14 @@ def _config_fault(config: Mapping[str, Any]) -> str | None:
     labels = config.get("labels")
     if not isinstance(labels, list) or not labels or not all(isinstance(label, str) for label in labels):
         return "labels is not a list of names"
-    return None if config.get("vote") in VOTES else "vote is neither sum nor majority"
+    for key in ("folds", "repeats"):
+        if not isinstance(config.get(key, 0), int):
+            return f"{key} is not a number"
+    try:
+        "".join(labels).encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return "labels holds what is no text"
+    return None if config.get("vote") in list(VOTES) else "vote is neither sum nor majority"
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -465,6 +486,8 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_text(path: Path) -> str:
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path}: not a file: remove it, and run again")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -476,6 +499,7 @@ def _read_text(path: Path) -> str:
 def _string(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is not a string")
+    value.encode("utf-8", "surrogateescape")  # UnicodeEncodeError, a ValueError, for what could not be written again
     return value
 
 
@@ -489,11 +513,13 @@ def _damaged(source: Path | str, why: str) -> UserError:
     return UserError(f"{source}: damaged ({why}): delete it, and the same command computes it again")
 
 
-def _explained(path: Path, error: OSError) -> UserError | RunFailed:
+def explained(path: Path, error: OSError) -> UserError | RunFailed:
     """An operating-system error while writing, as the project's one line."""
     reason = error.strerror or str(error)
     if error.errno in _FULL_DISK:
         return RunFailed(f"{path}: {reason}: free some space and run the same command again to resume")
+    if error.errno == errno.ENOENT and not path.parent.is_dir():
+        return RunFailed(f"{path}: cannot be written, its folder is gone: run the same command again")
     if error.errno in _NOT_WRITABLE:
         return UserError(f"{path}: cannot be written ({reason}): choose another place with --out")
     return RunFailed(f"{path}: cannot be written ({reason})")

@@ -4,12 +4,17 @@
 the run folder. A fold is a function of corpus, settings and seed alone: where it is computed changes nothing.
 """
 
+import contextlib
 import io
 import multiprocessing
+import os
+import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -17,8 +22,10 @@ from typing import TYPE_CHECKING, Any
 from npser.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
     from npser.corpus import Corpus
-    from npser.crossval import Frames
+    from npser.crossval import Versions
     from npser.runfolder import FoldResult, RunFolder
 
 LOST = 3  # times that a worker may die before the run gives up
@@ -54,7 +61,9 @@ def compute(job: Job) -> "FoldResult":
     from npser.train import listing_sha256, machine_of, settings_of
 
     with computing(config["backend"], config["precision"]):
-        corpus, frames = _corpus(job.data, job.test_data, config["backend"], config["threads"])
+        corpus, spoken = _corpus(
+            job.data, job.test_data, config["backend"], config["threads"], tuple(config["training"]["speeds"])
+        )
         if listing_sha256(corpus) != config["utterances_sha256"]:
             raise UserError(f"--data {job.data}: the worker finds other utterances there than this machine")
         folds = make_folds(corpus, config["cv"], config["folds"], config["repeats"], config["seed"])
@@ -63,19 +72,21 @@ def compute(job: Job) -> "FoldResult":
         silent.begin_fold(f"fold {job.name}", 0)
         path = Path(job.checkpoint) if job.checkpoint else None
         about = {**job.about, "machine": machine_of(config)}
-        return train_and_test(corpus, frames, fold, settings_of(config), silent, path, about)
+        return train_and_test(corpus, spoken, fold, settings_of(config), silent, path, about)
 
 
 @lru_cache(maxsize=1)
-def _corpus(data: str, test_data: str | None, backend: str, threads: int) -> "tuple[Corpus, Frames]":
+def _corpus(
+    data: str, test_data: str | None, backend: str, threads: int, speeds: tuple[float, ...]
+) -> "tuple[Corpus, Versions]":
     """The corpus and its frames, kept from one fold to the next."""
     from npser.corpus import cross_corpus, open_corpus
-    from npser.frontend import read_frames
+    from npser.frontend import read_versions
 
     corpus = open_corpus(data)
     if test_data:
         corpus = cross_corpus(corpus, open_corpus(test_data))
-    return corpus, read_frames(corpus, backend, threads)
+    return corpus, read_versions(corpus, backend, threads, speeds)
 
 
 def run_folds(executor: Executor, jobs: Iterable[Job], folder: "RunFolder", at_once: int) -> None:
@@ -105,7 +116,10 @@ def run_folds(executor: Executor, jobs: Iterable[Job], folder: "RunFolder", at_o
 
 
 def run_locally(
-    jobs: Iterable[Job], folder: "RunFolder", workers: int, make: "Callable[[int], Executor] | None" = None
+    jobs: Iterable[Job],
+    folder: "RunFolder",
+    workers: int,
+    make: "Callable[[int], AbstractContextManager[Executor]] | None" = None,
 ) -> None:
     """`run_folds` in processes of this machine; when one dies, the folds that are not finished start again.
 
@@ -124,9 +138,36 @@ def run_locally(
     raise RunFailed(f"workers died {LOST} times: use fewer --workers; the finished folds are kept")
 
 
-def spawned(workers: int) -> ProcessPoolExecutor:
-    """Spawned processes, never forked ones: GNU OpenMP aborts in a forked child's first parallel region."""
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+@contextmanager
+def spawned(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Spawned processes, never forked ones: GNU OpenMP aborts in a forked child's first parallel region.
+
+    They end with this process, whatever ends it, and at once when the run is interrupted.
+    """
+    context = multiprocessing.get_context("spawn")
+    listener, lifeline = context.Pipe(duplex=False)
+    with listener, lifeline, ProcessPoolExecutor(workers, context, _end_with_parent, (listener,)) as executor:
+        try:
+            yield executor
+        except KeyboardInterrupt:
+            lifeline.close()
+            raise
+
+
+def _end_with_parent(listener: "Connection") -> None:
+    """In a worker: a thread waits for the end of the pipe, whose other side only the parent holds, and exits then.
+
+    A worker of a killed parent would wait for work for ever, and write checkpoints beside the run that is resumed.
+    Ctrl-C reaches all processes of a terminal; the parent answers it for all.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def wait_for_the_end() -> None:
+        with contextlib.suppress(EOFError, OSError):
+            listener.recv()
+        os._exit(1)
+
+    threading.Thread(target=wait_for_the_end, daemon=True).start()
 
 
 def run_on_dask(jobs: Iterable[Job], folder: "RunFolder", address: str) -> None:

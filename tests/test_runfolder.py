@@ -104,7 +104,7 @@ def test_content_is_on_the_disk_before_it_is_renamed(tmp_path, monkeypatch):
 
 
 def test_write_atomically_into_a_missing_folder(tmp_path):
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(RunFailed, match="its folder is gone"):
         write_atomically(tmp_path / "missing" / "x", "text")
 
 
@@ -310,7 +310,7 @@ def test_save_fold_brings_everything_up_to_date(tmp_path):
     ]
     assert rows[3] == ["0", "1", odd, "08", "anger", "fear", "0.333333", "0.166667", "0.5"]
     assert "Folds done: 2 of 4" in (tmp_path / "report.md").read_text()
-    assert sorted(os.listdir(tmp_path)) == ["config.json", "folds", "predictions.csv", "report.md"]
+    assert sorted(os.listdir(tmp_path)) == [".lock", "config.json", "folds", "predictions.csv", "report.md"]
     assert sorted(os.listdir(tmp_path / "folds")) == ["r0f1.json", "r1f0.json"]
 
 

@@ -162,7 +162,7 @@ def test_global_random_state_changes_nothing(finished, tones, tmp_path):
 
 
 def test_divergence_stops_with_a_message_and_writes_no_result(tones, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "SGD", lambda clip_norm: SGD(lr=1e30))
+    monkeypatch.setattr(trainer, "SGD", lambda **_: SGD(lr=1e30))
     with pytest.raises(RunFailed, match=r"fold 0\.0: the training diverged: the loss is (nan|inf)"):
         train.main([*SHORT, "--data", str(tones), "--out", str(tmp_path)])
     assert not list((tmp_path / "folds").glob("r*f*.json"))
@@ -193,7 +193,7 @@ def test_leave_one_speaker_out_makes_a_fold_of_each_speaker(tmp_path):
 
 
 def test_help_answers_without_importing_the_heavy_packages():
-    code = "import sys, npser.train as t; t.parser().format_help(); print({'numpy', 'numba'} & set(sys.modules))"
+    code = "import sys, npser.options as t; t.parser().format_help(); print({'numpy', 'numba'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
 

@@ -136,7 +136,13 @@ def test_wrong_use(tones, tmp_path):
 
 
 def test_a_worker_that_finds_other_utterances_says_so(tones):
-    config = {"backend": "cpu", "precision": "float32", "threads": 1, "utterances_sha256": "0"}
+    config = {
+        "backend": "cpu",
+        "precision": "float32",
+        "threads": 1,
+        "utterances_sha256": "0",
+        "training": {"speeds": []},
+    }
     with pytest.raises(UserError, match="other utterances"):
         workers.compute(workers.Job(str(tones), None, config, 0, 0, None, {}))
 

@@ -1,0 +1,56 @@
+"""Files that are written whole or not at all, and what a killed program leaves of them.
+
+Everything is written into a temporary file beside its place, hidden and never mistaken for a result, and renamed over
+it. A program that is killed in between cannot remove that file; `sweep` does, for whoever may write the same file next.
+"""
+
+import contextlib
+import errno
+import os
+import re
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")
+
+
+@contextmanager
+def replacing(path: Path, to_disk: bool = True) -> Iterator[IO[bytes]]:
+    """A file to write into; at the end it takes the place of `path`, and after any exception it is gone. OSError.
+
+    to_disk: wait until the bytes are on the disk, so that a power failure, too, leaves the old file or the new one.
+    """
+    path = Path(os.path.realpath(path))  # a link is kept, and what it leads to replaced
+    if path.exists() and not path.is_file():  # a device would be renamed over, too
+        raise FileExistsError(errno.EEXIST, "what is there is not a file")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            if to_disk:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:  # KeyboardInterrupt too
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def sweep(folder: Path, pattern: re.Pattern[str], older_than: float = 0.0) -> None:
+    """Remove the temporary files that a killed program left in a folder; other files are not touched.
+
+    pattern: of the names of the files that were to be written. The caller knows that nobody else is writing one of
+    them, or leaves those alone that were written to within the last `older_than` seconds.
+    """
+    with contextlib.suppress(OSError):
+        for entry in list(os.scandir(folder)):
+            match = _TEMPORARY.fullmatch(entry.name)
+            if match and pattern.fullmatch(match[1]):
+                with contextlib.suppress(OSError):
+                    if entry.is_file(follow_symlinks=False) and time.time() - entry.stat().st_mtime >= older_than:
+                        os.unlink(entry.path)

@@ -1,0 +1,142 @@
+"""Whatever process the kernels and commands find themselves in, they work or say one clear line: no hang, no abort."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+STEP = """
+import numpy as np
+from npser.models import build_model
+from npser.optim import SGD
+
+def step(arch="lstm", seed=0):
+    model = build_model(arch, filters=4, hidden=8, bins=16, classes=3, seed=seed)
+    x = np.random.default_rng(seed).standard_normal((6, model.input_frames, 16)).astype(np.float32)
+    sgd = SGD()
+    for _ in range(3):
+        model.train_step(x, np.arange(6) % 3, sgd)
+    return model.predict_proba(x)
+"""
+
+
+def python(program, **environment):
+    """A program in a fresh process; None takes a variable away."""
+    merged = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    merged = {name: value for name, value in merged.items() if value is not None}
+    command = [sys.executable, "-c", STEP + program]
+    return subprocess.run(command, env=merged, capture_output=True, text=True, timeout=1800, check=False)
+
+
+def layers():
+    """The threading layers that Numba has on this machine."""
+    program = "import numba; numba.set_num_threads(1); print(numba.threading_layer())"
+    return [
+        layer for layer in ("omp", "workqueue", "tbb") if not python(program, NUMBA_THREADING_LAYER=layer).returncode
+    ]
+
+
+LAYERS = layers()
+
+THREADS = """
+import threading
+alone = [step(seed=n) for n in range(4)]
+found = [None] * 4
+def work(n):
+    for _ in range(5):
+        found[n] = step(seed=n)
+threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+for a, b in zip(alone, found): np.testing.assert_array_equal(a, b)
+print("same")
+"""
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_training_in_several_threads_at_once_gives_the_same(layer):
+    done = python(THREADS, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS=None)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "same\n"
+
+
+FORK = """
+import os, sys
+if os.environ["WHEN"] == "before":
+    step()
+child = os.fork()
+if child == 0:
+    status = 3
+    try:
+        step()
+        status = 0
+    except Exception as error:
+        print(error)
+        status = 2
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
+_, status = os.waitpid(child, 0)
+step()  # the parent computes on
+print("child", os.waitstatus_to_exitcode(status))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_forked_child_computes_or_is_told_why_not(layer, when):
+    """Only GNU OpenMP does not survive a fork, and only once its threads have been at work."""
+    done = python(FORK, NUMBA_THREADING_LAYER=layer, WHEN=when, NUMBA_NUM_THREADS=None)
+    assert done.returncode == 0, done.stderr
+    *said, last = done.stdout.splitlines()
+    if last == "child 2":
+        (line,) = said
+        assert "forked" in line
+        assert "spawn" in line
+        assert (layer, when) == ("omp", "before")
+    else:
+        assert last == "child 0"
+        assert not said
+
+
+@pytest.mark.parametrize(
+    "variables", [{"OMP_NUM_THREADS": "1"}, {"NUMBA_NUM_THREADS": "1", "OMP_WAIT_POLICY": "active"}]
+)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_environments(layer, variables):
+    program = "p = step('tdcnn'); assert np.isfinite(p).all(); print(p.shape)"
+    done = python(program, NUMBA_THREADING_LAYER=layer, **variables)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "(6, 3)\n"
+
+
+def test_a_threading_layer_that_is_not_there_is_one_line():
+    if "tbb" in LAYERS:
+        pytest.skip("TBB is installed")
+    command = [sys.executable, "-m", "npser.train", "--arch", "lstm"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "NUMBA_THREADING_LAYER": "tbb"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800, check=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "NUMBA_THREADING_LAYER=tbb" in line
+
+
+def test_a_read_only_installation_without_a_home(tmp_path):
+    """The package on a read-only file system, HOME nowhere: kernels are kept in the temporary folder."""
+    if subprocess.run(["unshare", "-Urm", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("needs unshare(1) and user name spaces")
+    (tmp_path / "package").mkdir()
+    (tmp_path / "temporary").mkdir()
+    script = f"""mount --bind {ROOT} {tmp_path}/package && mount -o remount,bind,ro {tmp_path}/package || exit 99
+        cd {tmp_path}; touch package/x 2>/dev/null && exit 98
+        exec {sys.executable} -c '{STEP.replace("'", '"')}print(step().shape)'"""
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{tmp_path}/package", "HOME": "/proc/nobody"}
+    environment["TMPDIR"] = str(tmp_path / "temporary")
+    command = ["unshare", "-Urm", "sh", "-c", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "(6, 3)\n"
+    assert list((tmp_path / "temporary").rglob("*.nbi"))
