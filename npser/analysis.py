@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npser.errors import UserError
+from npser.metrics import average_f1
 from npser.runfolder import FoldResult
 
 RESAMPLES = 10_000
@@ -113,6 +114,8 @@ def listeners(file: Path) -> dict[str, float]:
     """
     rates: dict[str, float] = {}
     try:
+        if file.exists() and not file.is_file():  # a pipe would be waited for
+            raise OSError("not a file")
         for line in file.read_text(encoding="latin-1").splitlines()[1:]:
             cells = [cell.strip() for cell in line.split("\t")]
             if len(cells) >= 3 and cells[1]:
@@ -178,6 +181,32 @@ def paired(a: Sequence[FoldResult], b: Sequence[FoldResult], vote_a: str, vote_b
     a_better, b_better = int((d > 0).sum()), int((d < 0).sum())
     p_utterances = binomtest(a_better, a_better + b_better).pvalue if a_better + b_better else 1.0
     return Paired(len(common), difference, low, high, p_speakers, a_better, b_better, float(p_utterances))
+
+
+def paired_folds(
+    a: Sequence[FoldResult], b: Sequence[FoldResult], vote_a: str, vote_b: str
+) -> tuple[float, float, int] | None:
+    """The mean difference of the folds' average F1, its p value, and how many folds both runs have in common.
+
+    Folds of the same number must have tested the same utterances, and there must be two of them: None otherwise. The
+    folds' differences d are not independent, because their training sets overlap. So their variance is enlarged (the
+    corrected resampled t test; Nadeau and Bengio 2003):
+
+        t = mean(d) / sqrt((1/J + n_test/n_train) var(d))        J folds, Student's t with J - 1 degrees of freedom
+    """
+    from scipy.stats import t
+
+    theirs = {(r.repeat, r.fold): r for r in b}
+    common = [(r, theirs[r.repeat, r.fold]) for r in a if (r.repeat, r.fold) in theirs]
+    if len(common) < 2 or any({u.file for u in x.utterances} != {u.file for u in y.utterances} for x, y in common):
+        return None
+    d = np.array([average_f1(x.matrix(vote_a)) - average_f1(y.matrix(vote_b)) for x, y in common])
+    everything = len({u.file for r in a for u in r.utterances})
+    tested = float(np.mean([len(x.utterances) for x, _ in common]))
+    variance = (1 / len(d) + tested / max(everything - tested, 1)) * float(d.var(ddof=1))
+    if variance == 0:
+        return float(d.mean()), float(d.mean() == 0), len(d)
+    return float(d.mean()), float(2 * t.sf(abs(d.mean()) / np.sqrt(variance), len(d) - 1)), len(d)
 
 
 Key = tuple[str, str, str]  # file, truth, speaker

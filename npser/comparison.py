@@ -6,7 +6,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from npser.analysis import RESAMPLES, paired, speaker_matrices, uar_interval
+from npser.analysis import RESAMPLES, paired, paired_folds, speaker_matrices, uar_interval
 from npser.document import Block, Document, Table
 from npser.errors import UserError
 from npser.metrics import ProtocolSummary, summarise
@@ -39,7 +39,7 @@ def compare(runs: Sequence[Run]) -> Document:
             raise UserError(f"{path}: no fold is finished yet: nothing to compare")
     names = names_of(runs)
     summaries = [summary_of(run) for run in runs]
-    blocks: list[Block] = [_figures(runs, names, summaries), _classes(names, summaries), *_pairs(runs, names)]
+    blocks: list[Block] = [_figures(runs, names, summaries), _classes(names, summaries), *pairs(runs, names)]
     return Document(f"{len(runs)} runs side by side", tuple(blocks))
 
 
@@ -65,14 +65,18 @@ def _classes(names: Sequence[str], summaries: Sequence[ProtocolSummary]) -> Tabl
     return Table("F1 of each emotion, mean of the folds, in per cent", ("emotion", *names), rows)
 
 
-def _pairs(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
-    rows = []
+def pairs(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
+    """A paired test of each two runs, over their common utterances and over their common folds."""
+    rows: list[tuple[str, ...]] = []
+    over_folds: list[tuple[str, ...]] = []
     apart = []
     for (a, run_a), (b, run_b) in combinations(zip(names, runs, strict=True), 2):
         result = paired(run_a[2], run_b[2], run_a[1]["vote"], run_b[1]["vote"])
         if result is None:
             apart.append(f"{a} and {b}")
             continue
+        if folds := paired_folds(run_a[2], run_b[2], run_a[1]["vote"], run_b[1]["vote"]):
+            over_folds.append((f"{a} - {b}", str(folds[2]), f"{100 * folds[0]:+.2f}", probability(folds[1])))
         known = not math.isnan(result.low)
         between = f"{100 * result.low:+.2f} to {100 * result.high:+.2f}" if known else "-"
         difference = (f"{100 * result.difference:+.2f}", between, probability(result.p_speakers))
@@ -89,6 +93,15 @@ def _pairs(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
             "run got right more often; p, utterances is the exact sign test on these counts (with one repeat McNemar's "
             "test), which takes utterances of one speaker for independent."
             + (" Not corrected for the number of pairs." if len(rows) > 1 else "")
+        )
+    if over_folds:
+        columns = ("pair", "folds", "average F1", "p")
+        blocks.append(
+            Table("Paired: difference of the average F1 in points, over the folds", columns, tuple(over_folds))
+        )
+        blocks.append(
+            "Both runs tested the same folds. p: the corrected resampled t test (Nadeau and Bengio 2003), which allows "
+            "for training sets that overlap."
         )
     if apart:
         blocks.append(f"No utterance in common, so no paired test: {'; '.join(apart)}.")

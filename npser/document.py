@@ -5,6 +5,8 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from npser.errors import printable
+
 _WIDTH = 100  # columns of the text form
 
 
@@ -28,10 +30,11 @@ class Document:
 
     def text(self) -> str:
         """Plain text, at most 100 columns wide as long as the tables are."""
-        parts = [f"{self.heading}\n{'=' * len(self.heading)}"]
+        heading = printable(self.heading)
+        parts = [f"{heading}\n{'=' * len(heading)}"]
         for block in self.blocks:
             if isinstance(block, str):
-                parts.append(textwrap.fill(block, _WIDTH, break_on_hyphens=False))
+                parts.append(textwrap.fill(printable(block), _WIDTH, break_on_hyphens=False))
             else:
                 parts.append(f"{block.title}\n\n{text_table(block)}")
         return "\n\n".join(parts) + "\n"
@@ -43,25 +46,23 @@ class Document:
             if isinstance(block, str):
                 parts.append(_markdown_escaped(block))
             else:
-                right = len(block.header) - block.left
-                ruler = "| " + " | ".join([":--"] * block.left + ["--:"] * right) + " |"
-                rows = [_markdown_row(block.header), ruler, *map(_markdown_row, block.rows)]
-                parts.append("\n".join([f"## {_markdown_escaped(block.title)}", "", *rows]))
+                parts.append(f"## {_markdown_escaped(block.title)}\n\n{markdown_table(block)}")
         return "\n\n".join(parts) + "\n"
 
     def html(self, figures: Sequence[tuple[str, str]] = ()) -> str:
         """One self-contained page; figures: (caption, SVG element), shown behind the first paragraphs."""
         first_table = next((i for i, block in enumerate(self.blocks) if isinstance(block, Table)), len(self.blocks))
         parts = [_html_block(block) for block in self.blocks]
-        shown = [f"<figure>{svg}<figcaption>{html.escape(c)}</figcaption></figure>" for c, svg in figures]
+        shown = [f"<figure>{svg}<figcaption>{_html(c)}</figcaption></figure>" for c, svg in figures]
         parts[first_table:first_table] = [f'<div class="figures">{"".join(shown)}</div>'] if shown else []
-        body = "\n".join([f"<h1>{html.escape(self.heading)}</h1>", *parts])
-        return _PAGE.format(title=html.escape(self.heading), body=body)
+        body = "\n".join([f"<h1>{_html(self.heading)}</h1>", *parts])
+        return _PAGE.format(title=_html(self.heading), body=body)
 
 
 def text_table(table: Table) -> str:
     """A table as plain text, without its title."""
-    widths = [max(map(len, column)) for column in zip(table.header, *table.rows, strict=True)]
+    header, *rows = ([printable(cell) for cell in row] for row in (table.header, *table.rows))
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
         padded = [
@@ -70,7 +71,14 @@ def text_table(table: Table) -> str:
         ]
         return "  ".join(padded).rstrip()
 
-    return "\n".join([line(table.header), "-" * (sum(widths) + 2 * len(widths) - 2), *map(line, table.rows)])
+    return "\n".join([line(header), "-" * (sum(widths) + 2 * len(widths) - 2), *map(line, rows)])
+
+
+def markdown_table(table: Table) -> str:
+    """A table as a pipe table, without its title."""
+    right = len(table.header) - table.left
+    ruler = "| " + " | ".join([":--"] * table.left + ["--:"] * right) + " |"
+    return "\n".join([_markdown_row(table.header), ruler, *map(_markdown_row, table.rows)])
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
@@ -79,22 +87,25 @@ def _markdown_row(cells: Sequence[str]) -> str:
 
 def _markdown_escaped(text: str) -> str:
     """Keep class and folder names from being read as markup."""
-    return "".join("\\" + character if character in "\\|_*`<[#" else character for character in text)
+    return "".join("\\" + character if character in "\\|_*`<[#" else character for character in printable(text))
+
+
+def _html(text: str) -> str:
+    return html.escape(printable(text))
 
 
 def _html_block(block: Block) -> str:
     if isinstance(block, str):
-        return f"<p>{html.escape(block)}</p>"
+        return f"<p>{_html(block)}</p>"
 
     def row(cells: Sequence[str], tag: str) -> str:
         opening = [f'<{tag} class="left">' if n < block.left else f"<{tag}>" for n in range(len(cells))]
-        made = [f"{o}{html.escape(cell)}</{tag}>" for o, cell in zip(opening, cells, strict=True)]
+        made = [f"{o}{_html(cell)}</{tag}>" for o, cell in zip(opening, cells, strict=True)]
         return f"<tr>{''.join(made)}</tr>"
 
     rows = "\n".join(row(cells, "td") for cells in block.rows)
     return (
-        f"<h2>{html.escape(block.title)}</h2>\n<table><thead>{row(block.header, 'th')}</thead>\n"
-        f"<tbody>{rows}</tbody></table>"
+        f"<h2>{_html(block.title)}</h2>\n<table><thead>{row(block.header, 'th')}</thead>\n<tbody>{rows}</tbody></table>"
     )
 
 

@@ -38,7 +38,8 @@ from npser.metrics import (
     summarise,
     unweighted_average_recall,
 )
-from npser.runfolder import MAY_CHANGE, FoldResult, RunFolder
+from npser.packed import Run, open_run
+from npser.runfolder import MAY_CHANGE, FoldResult
 
 # Average F1 in per cent and its "+-" on EMO-DB, 10 folds x 5 repeats (Lim, Jang and Lee 2016).
 PAPER_AVERAGE_F1 = {"cnn": (86.06, 2.39), "lstm": (78.31, 4.59), "tdcnn": (86.65, 1.73)}
@@ -117,6 +118,8 @@ def _protocol(config: Mapping[str, Any], done: int) -> str:
         "split": "training and test set as given",
     }
     said = [kind.get(str(cv), "cross-validation")]
+    if "recipe" in config:
+        said.append(f"recipe {config['recipe']}")
     for key, word in (("folds", "folds"), ("repeats", "repeats"), ("epochs", "epochs")):
         if key in config:
             said.append(_count(config[key], word))
@@ -290,12 +293,12 @@ def _count(number: Any, plural: str) -> str:
 # --- the command -------------------------------------------------------------------------------------------------
 
 
-def merged(folders: Sequence[RunFolder]) -> list[tuple[RunFolder, list[FoldResult]]]:
+def merged(folders: Sequence[Run]) -> list[tuple[Run, list[FoldResult]]]:
     """The runs in these folders: folders of the same configuration are one run, computed on several machines.
 
     Of a fold that lies in several of them the first is taken.
     """
-    runs: dict[str, tuple[RunFolder, dict[tuple[int, int], FoldResult]]] = {}
+    runs: dict[str, tuple[Run, dict[tuple[int, int], FoldResult]]] = {}
     for folder in folders:
         key = repr(sorted((k, repr(v)) for k, v in folder.config.items() if k not in MAY_CHANGE))
         _, results = runs.setdefault(key, (folder, {}))
@@ -328,7 +331,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="Exit status: 0 ok, 2 a folder cannot be reported. Examples: python -m npser.report runs/cnn-emodb-s0 "
         "--plots; python -m npser.report runs/cnn-emodb-s0 runs/lstm-emodb-s0",
     )
-    parser.add_argument("folders", metavar="FOLDER", nargs="+", type=Path, help="a run folder, --out of npser.train")
+    parser.add_argument(
+        "folders",
+        metavar="FOLDER",
+        nargs="+",
+        type=Path,
+        help="a run folder, --out of npser.train, or a run packed into one file by python -m bench.publish",
+    )
     parser.add_argument("--markdown", action="store_true", help="print Markdown instead of plain text")
     parser.add_argument(
         "--plots",
@@ -340,7 +349,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="where the plots go (default: plots/ in the run folder, for several runs ./comparison)",
+        help="where the plots go (default: plots/ in the run folder, ./plots for a run in one file, ./comparison for "
+        "several runs)",
     )
     parser.add_argument(
         "--listeners",
@@ -355,7 +365,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     status, folders = 0, []
     for path in options.folders:
         try:
-            folder = RunFolder.open(path)
+            folder = open_run(path)
             folder.load_folds()
             folders.append(folder)
         except UserError as error:
@@ -379,7 +389,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             target = options.out or Path("comparison")
             draw_comparison([(folder.path, folder.config, results) for folder, results in runs], document, target)
         else:
-            target = options.out or runs[0][0].path / "plots"
+            path = runs[0][0].path
+            target = options.out or (path / "plots" if path.is_dir() else Path("plots"))
             draw_run(runs[0][0].config, runs[0][1], document, target)
         print(f"npser.report: drawn in {target}: report.html, and each figure as .png and .svg", file=sys.stderr)
     return status

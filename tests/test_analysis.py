@@ -4,17 +4,19 @@ import itertools
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, t
 
 from npser.analysis import (
     learning_curves,
     listeners,
     paired,
+    paired_folds,
     speaker_matrices,
     uar_interval,
     utterance_record,
 )
 from npser.errors import UserError
+from npser.metrics import average_f1
 from npser.runfolder import EpochResult, fold_result
 
 LABELS = ("calm", "joy")
@@ -170,3 +172,34 @@ def test_more_speakers_than_can_be_enumerated():
     many = [f"s{n:02d}" for n in range(20)]
     a, b = (random_fold(dict.fromkeys(many, r), s, many) for s, r in ((0, 0.95), (1, 0.4)))
     assert paired([a], [b], "sum", "sum").p_speakers < 0.05
+
+
+def test_folds_are_paired_with_the_corrected_t_test():
+    def run(rights):
+        """Folds of ten utterances, the first so many of them right."""
+        folds = []
+        for number, right in enumerate(rights):
+            decisions = {
+                f"{number}-{n}.wav": (
+                    "s",
+                    n % 2,
+                    n % 2 if n < right else 1 - n % 2,
+                    0.9 if (n % 2) == (n < right) else 0.1,
+                )
+                for n in range(10)
+            }
+            folds.append(fold(decisions, number=number))
+        return folds
+
+    a, b = run([10, 8, 10, 8]), run([8, 8, 8, 6])
+    d = np.array([average_f1(x.matrix("sum")) - average_f1(y.matrix("sum")) for x, y in zip(a, b, strict=True)])
+    mean, p, folds = paired_folds(a, b, "sum", "sum")
+    assert folds == 4
+    np.testing.assert_allclose(mean, d.mean())
+    # 4 folds of 10: training sets of 30, so a variance of (1/4 + 1/3) var(d)
+    statistic = d.mean() / np.sqrt((1 / 4 + 1 / 3) * d.var(ddof=1))
+    np.testing.assert_allclose(p, 2 * (1 - t.cdf(statistic, 3)), rtol=1e-9)
+    np.testing.assert_allclose(paired_folds(b, a, "sum", "sum")[:2], (-mean, p))
+    assert paired_folds(a, a, "sum", "sum")[:2] == (0.0, 1.0)
+    assert paired_folds(a, b[:1], "sum", "sum") is None
+    assert paired_folds(a, [fold({"x.wav": ("s", 0, 0, 0.1)}), *b[1:]], "sum", "sum") is None

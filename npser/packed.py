@@ -1,0 +1,78 @@
+"""A run in one compressed file: config.json and all finished folds, small enough to ship, read like a run folder.
+
+    python -m npser.report bench/results/runs/cnn-emodb-s0.json.xz
+
+JSON, compressed with xz: {"config": {...}, "folds": [{...}, ...]}. Probabilities are kept to seven digits, and nothing
+else is left out, so that every figure of a report can be computed from it again.
+"""
+
+import json
+import lzma
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from npser.errors import UserError
+from npser.runfolder import VOTES, FoldResult, RunFolder, write_atomically
+
+SUFFIX = ".json.xz"
+_LARGEST = 1 << 28  # bytes that a file may unpack to
+
+
+@dataclass(frozen=True)
+class PackedRun:
+    """A packed run, read: the part of `npser.runfolder.RunFolder` that reports need."""
+
+    path: Path
+    config: Mapping[str, Any]
+    folds: tuple[FoldResult, ...]
+
+    def finished(self) -> list[tuple[int, int]]:
+        """The finished folds, sorted: (repeat, fold)."""
+        return [(result.repeat, result.fold) for result in self.folds]
+
+    def load_folds(self) -> list[FoldResult]:
+        """All finished folds, sorted by repeat and fold."""
+        return list(self.folds)
+
+
+Run = RunFolder | PackedRun
+
+
+def open_run(path: Path | str) -> Run:
+    """The run in a folder or in a packed file; UserError when it is neither or is damaged."""
+    path = Path(path)
+    return unpack(path) if path.is_file() else RunFolder.open(path)
+
+
+def pack(config: Mapping[str, Any], results: Sequence[FoldResult], path: Path) -> None:
+    """Write the file. ValueError where shortened probabilities would change a decision."""
+    folds = [json.loads(_shortened(r).to_json()) for r in sorted(results, key=lambda r: (r.repeat, r.fold))]
+    text = json.dumps({"config": dict(config), "folds": folds}, separators=(",", ":"), allow_nan=False)
+    write_atomically(path, lzma.compress(text.encode("utf-8", "surrogateescape"), preset=9))
+
+
+def _shortened(result: FoldResult) -> FoldResult:
+    """The fold with probabilities of seven digits; its constructor refuses one that contradicts its matrices."""
+    utterances = tuple(
+        replace(u, probabilities=tuple(float(f"{p:.7g}") for p in u.probabilities)) for u in result.utterances
+    )
+    return replace(result, utterances=utterances)
+
+
+def unpack(path: Path) -> PackedRun:
+    """Read a file that `pack` wrote; UserError, naming the file, when it is none."""
+    try:
+        with lzma.open(path) as file:
+            text = file.read(_LARGEST)
+        content = json.loads(text.decode("utf-8", "surrogateescape"))
+        config, folds = content["config"], content["folds"]
+        if not isinstance(config, dict) or not isinstance(config.get("labels"), list) or config["vote"] not in VOTES:
+            raise ValueError("it holds no configuration")
+        results = tuple(FoldResult.from_json(json.dumps(fold), path) for fold in folds)
+        if any(list(result.labels) != config["labels"] for result in results):
+            raise ValueError("its folds have other labels than its configuration")
+    except (OSError, EOFError, lzma.LZMAError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: not a packed run that can be read ({' '.join(str(error).split())[:200]})") from error
+    return PackedRun(path, config, tuple(sorted(results, key=lambda r: (r.repeat, r.fold))))
