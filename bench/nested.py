@@ -1,0 +1,177 @@
+"""python -m bench.nested: what the frozen settings owe to having been chosen on this corpus.
+
+One frozen configuration was chosen on development data out of the training utterances of a few folds; of the other
+folds, some of those utterances are test utterances. Nested selection avoids that: for every fold, the choice among a
+few configurations is made anew, on a third of that fold's own training utterances; then a network with the chosen one
+is trained on all of them and tested. The difference from the frozen configuration's figures on the same folds is what
+was gained by looking.
+
+The run folder under --out can be read by npser.report. Run again to go on after an interruption.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench import protocol
+from npser.cli import Parser, computing, machine, run, set_threads, versions
+from npser.document import Table, text_table
+from npser.errors import UserError
+from npser.packed import open_run
+from npser.recipes import Recipe, as_settings, changed, describe, recipe_for
+from npser.runfolder import MAY_CHANGE, FoldResult, RunFolder
+
+if TYPE_CHECKING:
+    from npser.corpus import Corpus
+    from npser.crossval import Fold, Settings, Versions
+    from npser.progress import Progress
+
+SHARE = 1 / 3  # of a fold's training utterances, held out to choose on
+LATE = 3  # a configuration's score is its mean F1 after so many last epochs
+# What is chosen among, beside the recipe as it is: each a change of it.
+CANDIDATES = ("segment_hop=16,epochs=8", "standardisation=global")
+
+
+def candidates(recipe: Recipe, changes: Sequence[str]) -> list[Recipe]:
+    """The recipe, and it with each of the changes ("field=value,field=value")."""
+    made = [changed(recipe, dict(part.split("=", 1) for part in change.split(","))) for change in changes]
+    return [recipe, *made]
+
+
+def development_score(
+    corpus: "Corpus", spoken: "Versions", fold: "Fold", settings: "Settings", progress: "Progress"
+) -> float:
+    """Mean F1 after the last epochs on a third of the fold's training utterances, trained on the others."""
+    import numpy as np
+
+    from npser.crossval import prepare
+    from npser.features import WindowSet
+    from npser.folds import development_split
+    from npser.metrics import average_f1, confusion_matrix
+    from npser.trainer import evaluate, train_epochs
+
+    words, classes = (settings.seed, fold.repeat, fold.number), len(corpus.labels)
+    train, held_out = (fold.train[i] for i in development_split(corpus.targets[fold.train], SHARE, words))
+    model, task = prepare(spoken, corpus.targets, train, classes, settings, words)
+    assert model.scale is not None
+    windows = WindowSet([spoken[0][i] for i in held_out], model.scale, model.input_frames, settings.recipe.segment_hop)
+    scores = []
+    for epoch in train_epochs(model, task.optimiser(), task, progress):
+        if epoch.epoch > task.epochs - LATE:
+            decisions = evaluate(model, windows).probabilities.argmax(axis=1)
+            scores.append(average_f1(confusion_matrix(corpus.targets[held_out], decisions, classes)))
+    return float(np.mean(scores))
+
+
+def select(options: argparse.Namespace, threads: int) -> RunFolder:
+    """Choose, train and test, fold after fold, as far as it is not done yet."""
+    from npser.corpus import open_corpus
+    from npser.crossval import Settings, make_folds, train_and_test, training_steps
+    from npser.folds import development_split
+    from npser.frontend import read_versions
+    from npser.models import input_frames
+    from npser.progress import Progress
+
+    corpus = open_corpus(options.data)
+    given = {name: getattr(options, name) for name in ("epochs", "segment_hop") if getattr(options, name)}
+    recipe = recipe_for("paper", options.arch, corpus.name == "demo", given)
+    chosen_among = candidates(recipe, options.candidate or CANDIDATES)
+    about = {"backend": options.backend, "threads": threads, "machine": machine(), "versions": versions()}
+    config = {
+        "experiment": "nested", "arch": options.arch, "corpus": corpus.name, "labels": list(corpus.labels),
+        "cv": "stratified", "folds": options.folds, "repeats": options.repeats, "recipe": "paper",
+        "candidates": [describe(candidate) for candidate in chosen_among], **as_settings(recipe), "vote": "sum",
+        "seed": options.seed, **{name: about[name] for name in ("backend", "threads", "versions")},
+    }  # fmt: skip
+    folder = RunFolder.open_or_create(options.out, config, MAY_CHANGE)
+    folds = make_folds(corpus, "stratified", options.folds, options.repeats, options.seed)
+    wanted = [fold for fold in folds if options.only in (None, (fold.repeat, fold.number))]
+    finished = set(folder.finished())
+    waiting = [fold for fold in wanted if (fold.repeat, fold.number) not in finished]
+    settings = [Settings(options.arch, options.backend, options.seed, "sum", candidate) for candidate in chosen_among]
+    spoken = {speeds: read_versions(corpus, "cpu", threads, speeds) for speeds in {s.recipe.speeds for s in settings}}
+    frames = spoken[recipe.speeds][0]
+    length = input_frames(options.arch)
+
+    def steps(fold: "Fold", which: "Settings", inner: bool) -> int:
+        train = fold.train
+        if inner:
+            words = (options.seed, fold.repeat, fold.number)
+            train = train[development_split(corpus.targets[train], SHARE, words)[0]]
+        return training_steps(frames, corpus.targets, train, length, which)
+
+    # The configuration that will be trained is not known yet: the recipe as it is stands for it in the estimate.
+    total = sum(steps(fold, settings[0], False) + sum(steps(fold, s, True) for s in settings) for fold in waiting)
+    progress = Progress(total)
+    for fold in waiting:
+        scores = []
+        for number, candidate in enumerate(settings):
+            progress.begin_fold(f"fold {fold.name}, candidate {number}", steps(fold, candidate, True))
+            scores.append(development_score(corpus, spoken[candidate.recipe.speeds], fold, candidate, progress))
+            progress.say(f"    {describe(candidate.recipe)}: development F1 {100 * scores[-1]:.2f}")
+        best = scores.index(max(scores))  # of equals the first: the recipe as it is
+        progress.begin_fold(f"fold {fold.name}, chosen {best}", steps(fold, settings[best], False))
+        chosen = {"chosen": best, "scores": [round(score, 6) for score in scores]}
+        heard = spoken[settings[best].recipe.speeds]
+        folder.save_fold(train_and_test(corpus, heard, fold, settings[best], progress, None, {**about, **chosen}))
+    return folder
+
+
+def table(config: Mapping[str, Any], results: Sequence[FoldResult], frozen: Sequence[FoldResult]) -> Table:
+    """Every fold: development F1 of each candidate, the one chosen, and its F1 beside that of the frozen settings."""
+    import numpy as np
+
+    from npser.metrics import average_f1
+    from npser.report import percent
+
+    known = {(r.repeat, r.fold): average_f1(r.matrix("sum")) for r in frozen}
+    rows, both = [], []
+    for r in results:
+        figures = average_f1(r.matrix("sum")), known.get((r.repeat, r.fold), float("nan"))
+        scores = [percent(score) for score in r.run["scores"]]
+        rows.append((f"{r.repeat}.{r.fold}", *scores, str(r.run["chosen"]), *map(percent, figures)))
+        if not known or (r.repeat, r.fold) in known:  # the means are over the same folds
+            both.append(figures)
+    if both:
+        means = map(percent, map(float, np.mean(both, axis=0)))
+        rows.append((f"mean of {len(both)}", *["" for _ in config["candidates"]], "", *means))
+    header = ("fold", *(f"dev {number}" for number in range(len(config["candidates"]))), "chosen")
+    title = "; ".join(f"{number}: {candidate}" for number, candidate in enumerate(config["candidates"]))
+    return Table(title, (*header, "nested F1", "frozen F1"), tuple(rows))
+
+
+def frozen_folds(run: Path, config: Mapping[str, Any]) -> list[FoldResult]:
+    """The folds of the frozen settings' run. UserError where they are not the same folds of the same network."""
+    folder = open_run(run)
+    differing = [key for key in ("arch", "corpus", "cv", "folds", "seed", "vote") if folder.config[key] != config[key]]
+    if differing:
+        raise UserError(f"--frozen {run}: another experiment, its {', '.join(differing)} are not those of this one")
+    return folder.load_folds()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    p = Parser(prog="python -m bench.nested", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    protocol.add_options(p, Path("runs/nested"))
+    p.add_argument(
+        "--candidate",
+        action="append",
+        metavar="FIELD=VALUE[,FIELD=VALUE]",
+        help=f"a configuration to choose among, as changes of the paper recipe (default: {'; '.join(CANDIDATES)})",
+    )
+    p.add_argument("--frozen", type=Path, metavar="RUN", help="the run of the frozen settings to stand beside")
+    options = p.parse_args(arguments)
+    for change in options.candidate or ():
+        if any("=" not in part for part in change.split(",")):
+            raise UserError(f"--candidate {change}: FIELD=VALUE is wanted")
+    threads = set_threads(options.threads, options.backend)
+    with computing(options.backend):
+        folder = select(options, threads)
+    frozen = frozen_folds(options.frozen, folder.config) if options.frozen else []
+    shown = table(folder.config, folder.load_folds(), frozen)
+    print(f"{shown.title}\n\n{text_table(shown)}")
+    return 0
+
+
+if __name__ == "__main__":
+    run("bench.nested", main)

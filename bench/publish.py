@@ -1,0 +1,297 @@
+"""python -m bench.publish: finished folds into files that ship, and every table of the README's Results out of them.
+
+    python -m bench.publish runs/cnn-emodb-s0        pack what is done, draw its pictures, write the README's tables
+    python -m bench.publish                          write the README's tables anew from the files that ship
+    python -m bench.publish --unpack FILE FOLDER     a run folder again, to go on with on another machine
+
+A run becomes bench/results/runs/<name>.json.xz (npser.packed) and may be published again and again while it grows:
+folds that the file has and the folder has not are kept. The text between the two markers in README.md is made of these
+files alone.
+"""
+
+import argparse
+import shlex
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from npser.cli import Parser, run
+from npser.document import Table, markdown_table
+from npser.errors import UserError
+from npser.packed import SUFFIX, Run, open_run, pack, unpack
+from npser.recipes import recipe_for
+from npser.report import PAPER_AVERAGE_F1, merged, percent, report
+from npser.runfolder import FoldResult, RunFolder, write_atomically
+
+ROOT = Path(__file__).resolve().parent.parent
+README, RUNS, PICTURES = ROOT / "README.md", ROOT / "bench/results/runs", ROOT / "bench/results/pictures"
+BEGIN = "<!-- results: written by python -m bench.publish -->"
+END = "<!-- end of results -->"
+DRAWN = ("confusion", "curves")
+ARCHITECTURES = ("cnn", "lstm", "tdcnn")
+
+Published = dict[str, tuple[Mapping[str, Any], list[FoldResult]]]  # name -> configuration, folds
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def name_of(config: Mapping[str, Any]) -> str:
+    """What a run is called: cnn-emodb-s0, lstm-emodb-speaker-s0, cnn-emodb-best-s0, honest-cnn-emodb-s0."""
+    parts = [config.get("experiment"), config["arch"], config["corpus"]]
+    parts += [config["cv"] if config["cv"] != "stratified" else None]
+    parts += [config["recipe"] if config["recipe"] != "paper" else None, f"s{config['seed']}"]
+    return "-".join(part for part in parts if part)
+
+
+def publish(paths: Sequence[Path], runs: Path = RUNS, pictures: Path = PICTURES) -> list[Path]:
+    """Pack the runs and draw their pictures; returns the files written."""
+    given: list[Run] = [open_run(path) for path in paths]
+    for folder in given:
+        missing = [key for key in ("arch", "corpus", "cv", "recipe", "seed") if key not in folder.config]
+        if missing:
+            raise UserError(f"{folder.path}: its config.json does not say {', '.join(missing)}: run it anew")
+    names = list(dict.fromkeys(name_of(folder.config) for folder in given))
+    written = []
+    for name in names:
+        target = runs / f"{name}{SUFFIX}"
+        own = [folder for folder in given if name_of(folder.config) == name]
+        together = merged([*own, *([unpack(target)] if target.exists() else [])])
+        if len(together) > 1:
+            raise UserError(
+                f"{target.name}: its settings are not those of {own[0].path}: delete the file to replace it"
+            )
+        folder, results = together[0]
+        if not results:
+            raise UserError(f"{folder.path}: no fold is finished yet: nothing to publish")
+        runs.mkdir(parents=True, exist_ok=True)
+        pack(folder.config, results, target)
+        written += [target, *draw(name, folder.config, results, pictures)]
+    return written
+
+
+def draw(name: str, config: Mapping[str, Any], results: Sequence[FoldResult], pictures: Path) -> list[Path]:
+    """Confusion matrix and learning curves of an ordinary run, as PNG; experiments have none."""
+    from npser.plots import draw_run
+
+    if config.get("experiment"):
+        return []
+    pictures.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        draw_run(config, results, report(config, results), Path(scratch))
+        drawn = [pictures / f"{name}-{kind}.png" for kind in DRAWN]
+        for kind, target in zip(DRAWN, drawn, strict=True):
+            write_atomically(target, (Path(scratch) / f"{kind}.png").read_bytes())
+    return drawn
+
+
+def shipped(runs: Path = RUNS) -> Published:
+    """All runs that ship, by name."""
+    files = sorted(runs.glob(f"*{SUFFIX}")) if runs.is_dir() else []
+    loaded = [unpack(file) for file in files]
+    return {file.name.removesuffix(SUFFIX): (r.config, r.load_folds()) for file, r in zip(files, loaded, strict=True)}
+
+
+# --- tables ------------------------------------------------------------------------------------------------------
+
+
+def results_text(published: Published) -> str:
+    """Everything between the markers."""
+    parts = ["No run has been published yet."] if not published else []
+    for section in (_protocol, _speakers, _order, _leakage, _nested, _provenance):
+        parts += section(published)
+    return "\n\n".join(parts)
+
+
+def _ordinary(published: Published, cv: str) -> Published:
+    """The runs of npser.train by one kind of cross-validation, in the order of the tables."""
+    chosen = {n: r for n, r in published.items() if not r[0].get("experiment") and r[0]["cv"] == cv}
+    order = sorted(
+        chosen, key=lambda n: (ARCHITECTURES.index(chosen[n][0]["arch"]), chosen[n][0]["recipe"] != "paper", n)
+    )
+    return {n: chosen[n] for n in order}
+
+
+def _summary(config: Mapping[str, Any], results: Sequence[FoldResult]) -> Any:
+    from npser.comparison import summary_of
+
+    return summary_of((Path(), config, results))
+
+
+def _what(config: Mapping[str, Any]) -> str:
+    return f"{config['arch']}, {config['recipe']} recipe"
+
+
+def _done(config: Mapping[str, Any], results: Sequence[FoldResult]) -> str:
+    return f"{len(results)} of {config['folds'] * config['repeats']}"
+
+
+def _titled(table: Table) -> str:
+    return f"#### {table.title}\n\n{markdown_table(table)}"
+
+
+def _protocol(published: Published) -> list[str]:
+    """The paper's experiment: all runs on one line each, then each run's classes and pictures."""
+    runs = _ordinary(published, "stratified")
+    if not runs:
+        return []
+    rows, parts = [], []
+    for name, (config, results) in runs.items():
+        s = _summary(config, results)
+        paper = PAPER_AVERAGE_F1.get(config["arch"]) if config["corpus"] == "emodb" else None
+        beside = "{:.2f} (+-{:.2f})".format(*paper) if paper else "-"
+        figures = (s.average_f1.mean, s.average_f1.over_repeats, s.average_f1.over_folds, s.uar.mean, s.accuracy.mean)
+        rows.append((_what(config), _done(config, results), *map(percent, figures), beside))
+        parts += [_titled(_classes(name, config, results)), _pictures(name)]
+    header = ("network", "folds done", "average F1", "+- repeats", "+- folds", "UAR", "accuracy", "F1 in the paper")
+    title = "The paper's experiment: 10 stratified folds, 5 repeats; means of the folds, in per cent"
+    return [_titled(Table(title, header, tuple(rows))), *parts]
+
+
+def _classes(name: str, config: Mapping[str, Any], results: Sequence[FoldResult]) -> Table:
+    """Precision, recall and F1 of each class: means of the folds, and pooled."""
+    from npser.metrics import mean_over_classes
+
+    s = _summary(config, results)
+    columns = [column for scores in (s.mean, s.pooled) for column in (scores.precision, scores.recall, scores.f1)]
+    rows = [(label, *(percent(column[k]) for column in columns)) for k, label in enumerate(s.labels)]
+    rows.append(("average", *(percent(mean_over_classes(column)) for column in columns)))
+    header = ("emotion", "precision", "recall", "F1", "pooled P", "pooled R", "pooled F1")
+    return Table(f"{_what(config)}: each emotion, in per cent ({name})", header, tuple(rows))
+
+
+def _pictures(name: str) -> str:
+    captions = {"confusion": "confusion matrix", "curves": "learning curves"}
+    return "\n".join(f"![{captions[kind]} of {name}](bench/results/pictures/{name}-{kind}.png)" for kind in DRAWN)
+
+
+def _speakers(published: Published) -> list[str]:
+    """Leave one speaker out: what to expect of a new speaker."""
+    from npser.analysis import speaker_matrices, uar_interval
+
+    rows = []
+    for config, results in _ordinary(published, "speaker").values():
+        s = _summary(config, results)
+        interval = uar_interval(speaker_matrices(results, config["vote"]))
+        between = f"{percent(interval.low)} to {percent(interval.high)}" if interval else "-"
+        figures = (s.uar.pooled, s.average_f1.pooled, s.average_f1.mean, s.accuracy.pooled)
+        shown = list(map(percent, figures))
+        rows.append((_what(config), _done(config, results), shown[0], between, *shown[1:]))
+    header = ("network", "folds done", "pooled UAR", "95 % interval", "pooled F1", "F1, mean of folds", "accuracy")
+    return [_titled(Table("Leave one speaker out, in per cent", header, tuple(rows)))] if rows else []
+
+
+def _order(published: Published) -> list[str]:
+    """The order of the architectures: paired tests of the paper recipe's runs."""
+    from npser.comparison import pairs
+
+    runs = {n: r for n, r in _ordinary(published, "stratified").items() if r[0]["recipe"] == "paper"}
+    if len(runs) < 2:
+        return []
+    blocks = pairs([(Path(n), *r) for n, r in runs.items()], list(runs))
+    return [_titled(block) if isinstance(block, Table) else block for block in blocks]
+
+
+def _leakage(published: Published) -> list[str]:
+    from bench.leakage import EXPERIMENTS, table
+
+    made = [unpacked for unpacked in published.items() if unpacked[1][0].get("experiment") in EXPERIMENTS]
+    if not made:
+        return []
+    shown = table([(Path(name), *run) for name, run in made])
+    return [_titled(shown), "What each experiment does is said by `python -m bench.leakage --help`."]
+
+
+def _nested(published: Published) -> list[str]:
+    from bench.nested import table
+
+    parts = []
+    for config, results in published.values():
+        if config.get("experiment") == "nested":
+            frozen = [
+                folds for c, folds in _ordinary(published, "stratified").values()
+                if all(c[key] == config[key] for key in ("arch", "corpus", "folds", "seed", "recipe"))
+            ]  # fmt: skip
+            shown = table(config, results, frozen[0] if frozen else [])
+            parts.append(_titled(Table("Nested selection: F1 in per cent", shown.header, shown.rows)))
+            parts.append(f"Chosen among {shown.title}.")
+    return parts
+
+
+def command_of(config: Mapping[str, Any]) -> str:
+    """The command that makes such a run: options where they differ from the defaults."""
+    demo = config["corpus"] == "demo"
+    experiment = config.get("experiment")
+    module = "npser.train" if experiment is None else "bench.nested" if experiment == "nested" else "bench.leakage"
+    words = ["python", "-m", module, "--arch", config["arch"], "--data", config["corpus"]]
+    if experiment is None:
+        folds, repeats = (2, 1) if demo else (10, 5)
+        if config["cv"] != "stratified":
+            words += ["--cv", config["cv"]]
+            folds = config["folds"]
+    else:
+        folds, repeats = 10, 1
+    usual = {"recipe": "paper", "folds": folds, "repeats": repeats, "vote": "sum", "seed": 0}
+    recipe = recipe_for(config["recipe"], config["arch"], demo, {})
+    usual |= {name: getattr(recipe, name) for name in ("epochs", "batch_size", "segment_hop")}
+    for name, value in usual.items():
+        if config[name] != value:
+            words += [f"--{name.replace('_', '-')}", str(config[name])]
+    return shlex.join(words)
+
+
+def _provenance(published: Published) -> list[str]:
+    """Where the figures come from."""
+    rows = []
+    for name, (config, results) in published.items():
+        commits = dict.fromkeys(str((r.run.get("versions") or {}).get("commit")) for r in results)
+        machines = dict.fromkeys(str(r.run.get("machine")) for r in results)
+        threads = dict.fromkeys(str(r.run.get("threads")) for r in results)
+        hours = sum(r.run.get("seconds", 0.0) for r in results) / 3600
+        made = (command_of(config), ", ".join(commits), str(config["seed"]), ", ".join(machines), ", ".join(threads))
+        rows.append((name, *made, f"{hours:.1f}", _done(config, results)))
+    header = ("run", "command", "commit", "seed", "machine", "threads", "hours", "folds done")
+    return [_titled(Table("Where these figures come from", header, tuple(rows), left=6))] if rows else []
+
+
+# --- the README --------------------------------------------------------------------------------------------------
+
+
+def between_markers(text: str) -> str:
+    """What stands between the markers; UserError where they are not there."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise UserError(f"README.md: needs the lines {BEGIN} and {END}, once each")
+    return text[text.index(BEGIN) + len(BEGIN) : text.index(END)].strip()
+
+
+def rewritten(text: str, published: Published) -> str:
+    """The README's text with its tables made anew."""
+    between_markers(text)
+    before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
+    return f"{before}\n\n{results_text(published)}\n\n{after}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    p = Parser(
+        prog="python -m bench.publish", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders, finished or not")
+    p.add_argument("--unpack", nargs=2, type=Path, metavar=("FILE", "FOLDER"), help="make a run folder of a packed run")
+    options = p.parse_args(arguments)
+    if options.unpack:
+        source, target = options.unpack
+        packed = unpack(source)
+        folder = RunFolder.open_or_create(target, packed.config)
+        for result in packed.load_folds():
+            folder.save_fold(result)
+        print(f"{target}: {len(packed.folds)} folds")
+        return 0
+    for path in publish(options.runs):
+        print(path.relative_to(ROOT))
+    write_atomically(README, rewritten(README.read_text(encoding="utf-8"), shipped()))
+    return 0
+
+
+if __name__ == "__main__":
+    run("bench.publish", main)

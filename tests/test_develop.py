@@ -1,0 +1,103 @@
+"""Development trials: what they read, what they write, and that none is computed twice."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from bench import develop
+from npser import crossval
+from npser.errors import UserError
+
+SMALL = (
+    "--arch",
+    "lstm",
+    "--folds",
+    "2",
+    "--threads",
+    "1",
+    "--share",
+    "0.4",
+    "--set",
+    "epochs=2",
+    "--set",
+    "segment_hop=40",
+)
+
+
+@pytest.fixture
+def table(tmp_path):
+    return tmp_path / "trials.csv"
+
+
+def run(tones, table, *arguments):
+    return develop.main([*SMALL, "--data", str(tones), "--table", str(table), *arguments])
+
+
+def test_every_epoch_of_every_trial_is_a_line(tones, table, capsys):
+    assert run(tones, table, "--fold", "0,1", "--seeds", "3", "--set", "standardisation=global", "--note", "so") == 0
+    lines = list(csv.DictReader(table.open()))
+    assert [(line["fold"], line["seed"], line["epoch"]) for line in lines] == [
+        ("0.0", "3", "1"), ("0.0", "3", "2"), ("0.1", "3", "1"), ("0.1", "3", "2"),
+    ]  # fmt: skip
+    assert all(line["note"] == "so" and "standardisation=global" in line["settings"] for line in lines)
+    assert all(0 <= float(line[name]) <= 1 for line in lines for name in ("uar", "f1", "uar_majority", "f1_mean"))
+    printed = capsys.readouterr().out
+    late = 100 * np.mean([float(line["f1"]) for line in lines])  # two epochs: both are late
+    assert f"{late:.1f}" in printed
+
+
+def test_a_trial_that_the_table_has_is_not_computed_again(tones, table, monkeypatch):
+    run(tones, table)
+    before = table.read_text()
+    run(tones, table, "--seeds", "0,1")
+    assert table.read_text().startswith(before)
+    assert len(table.read_text().splitlines()) == 5
+
+    def refuse(*_):
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(crossval, "prepare", refuse)
+    run(tones, table, "--seeds", "0,1")
+    assert run(tones, table, "--summary", "--set", "epochs=50") == 0  # computes nothing either
+    with pytest.raises(AssertionError, match="again"):
+        run(tones, table, "--seeds", "2")
+
+
+def test_test_utterances_are_never_read(tones, table, monkeypatch):
+    """Blanked out in what a trial is given, they change nothing."""
+    run(tones, table)
+    prepare, folds = crossval.prepare, {}
+    make = crossval.make_folds
+
+    def watched(*arguments):
+        folds["made"] = make(*arguments)
+        return folds["made"]
+
+    def blind(spoken, *rest):
+        test = set(folds["made"][0].test.tolist())
+        spoken[0][:] = [np.full_like(x, np.nan) if i in test else x for i, x in enumerate(spoken[0])]
+        return prepare(spoken, *rest)
+
+    monkeypatch.setattr(crossval, "make_folds", watched)
+    monkeypatch.setattr(crossval, "prepare", blind)
+    other = table.with_name("blind.csv")
+    run(tones, other)
+    numbers = [[line | {"seconds": ""} for line in csv.DictReader(path.open())] for path in (table, other)]
+    assert numbers[0] == numbers[1]
+
+
+@pytest.mark.parametrize("wrong", [("--set", "epochs"), ("--set", "epoch=3"), ("--set", "epochs=x")])
+def test_a_wrong_setting_is_refused(tones, table, wrong):
+    with pytest.raises(UserError, match="--set"):
+        run(tones, table, *wrong)
+    assert not table.exists()
+
+
+def test_the_shipped_table_is_whole():
+    lines = develop.read(develop.TABLE)
+    assert tuple(lines[0]) == develop.COLUMNS
+    trials = {}
+    for line in lines:
+        trials.setdefault(tuple(line[name] for name in develop.KEY), []).append(int(line["epoch"]))
+    assert all(epochs == list(range(1, len(epochs) + 1)) for epochs in trials.values())

@@ -1,0 +1,94 @@
+"""The leakage experiments: that each does what its name says, and the honest one is that of npser.train."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from bench import leakage
+from npser import train
+from npser.corpus import open_corpus
+from npser.crossval import make_folds
+from npser.frontend import read_frames
+from npser.metrics import average_f1
+from npser.runfolder import RunFolder
+
+SHORT = ("--folds", "2", "--repeats", "1", "--epochs", "2", "--segment-hop", "40", "--threads", "1")
+
+
+@pytest.fixture(scope="module")
+def material(tones):
+    corpus = open_corpus(str(tones))
+    return corpus, read_frames(corpus, "cpu")
+
+
+@pytest.fixture(scope="module")
+def finished(tones, tmp_path_factory):
+    out = tmp_path_factory.mktemp("leakage")
+    assert leakage.main(["--arch", "lstm", "--data", str(tones), *SHORT, "--out", str(out)]) == 0
+    return out
+
+
+def test_copies_of_a_test_utterance_are_in_training(material):
+    corpus, frames = leakage.repeated(*material, seed=0)
+    assert Counter(u.emotion for u in corpus.utterances) == {"sadness": 8, "happy": 8}
+    assert len({u.name for u in corpus.utterances}) == 16
+    originals = [u.name.split("+")[0] for u in corpus.utterances]
+    by_name = dict(zip([u.name for u in material[0].utterances], material[1], strict=True))
+    assert all(by_name[name] is x for name, x in zip(originals, frames, strict=True))
+    leaks = 0
+    for fold in make_folds(corpus, "stratified", 2, 3, 0):
+        leaks += len({originals[i] for i in fold.test} & {originals[i] for i in fold.train})
+    assert leaks > 0
+
+
+def test_windows_of_one_recording_are_on_both_sides(material):
+    corpus, frames = leakage.cut(*material, length=128, hop=4)
+    name = material[0].utterances[0].name
+    own = [i for i, u in enumerate(corpus.utterances) if u.name.startswith(name + "@")]
+    x = material[1][0]
+    assert len(own) == 1 + (len(x) - 128) // 4
+    for n, i in enumerate(own):
+        np.testing.assert_array_equal(frames[i], x[4 * n : 4 * n + 128])
+    fold = make_folds(corpus, "stratified", 2, 1, 0)[0]
+    assert set(own) & set(fold.test)
+    assert set(own) & set(fold.train)
+
+
+def test_windows_of_an_utterance_decide_together(finished):
+    single = RunFolder.open(finished / "windows-split").load_fold(0, 0)
+    together = RunFolder.open(finished / "windows-split-voted").load_fold(0, 0)
+    assert {u.file for u in together.utterances} == {u.file.split("@")[0] for u in single.utterances}
+    for u in together.utterances:
+        own = [w.probabilities for w in single.utterances if w.file.split("@")[0] == u.file]
+        np.testing.assert_allclose(u.probabilities, np.mean(own, axis=0), rtol=1e-5)
+
+
+def test_the_honest_experiment_is_what_the_ordinary_command_does(finished, tones, tmp_path):
+    train.main(["--arch", "lstm", "--data", str(tones), *SHORT, "--out", str(tmp_path)])
+    for fold in (0, 1):
+        ours = RunFolder.open(finished / "honest").load_fold(0, fold)
+        theirs = RunFolder.open(tmp_path).load_fold(0, fold)
+        assert ours.utterances == theirs.utterances
+        best = RunFolder.open(finished / "best-epoch").load_fold(0, fold)
+        assert average_f1(best.matrix("sum")) >= average_f1(ours.matrix("sum"))
+        windows = RunFolder.open(finished / "windows-scored").load_fold(0, fold)
+        for u in ours.utterances:
+            own = [w.probabilities for w in windows.utterances if w.file.rsplit("@", 1)[0] == u.file]
+            np.testing.assert_allclose(u.probabilities, np.mean(own, axis=0), rtol=1e-5)
+
+
+def test_the_same_command_again_computes_only_what_is_missing(finished, tones, monkeypatch, capsys):
+    lost = finished / "oversampled-first" / "folds" / "r0f1.json"
+    before = json.loads(lost.read_text())
+    lost.unlink()
+
+    def refuse(*_):
+        raise AssertionError("nothing is missing there")
+
+    monkeypatch.setattr(leakage, "train_and_look", refuse)
+    assert leakage.main(["--arch", "lstm", "--data", str(tones), *SHORT, "--out", str(finished)]) == 0
+    assert json.loads(lost.read_text())["utterances"] == before["utterances"]
+    printed = capsys.readouterr().out
+    assert all(f"\n{name} " in printed for name in leakage.EXPERIMENTS)

@@ -1,0 +1,76 @@
+"""Nested selection: chosen by development data alone, then tested; it resumes, and stands beside the frozen run."""
+
+import numpy as np
+import pytest
+
+from bench import nested
+from npser import train
+from npser.errors import UserError
+from npser.metrics import average_f1
+from npser.runfolder import RunFolder
+
+SHORT = ("--arch", "lstm", "--folds", "2", "--repeats", "1", "--epochs", "2", "--segment-hop", "40", "--threads", "1")
+CHOICE = ("--candidate", "standardisation=global", "--candidate", "segment_hop=60,batch_size=4")
+
+
+@pytest.fixture(scope="module")
+def frozen(tones, tmp_path_factory):
+    out = tmp_path_factory.mktemp("frozen")
+    train.main([*SHORT, "--data", str(tones), "--out", str(out)])
+    return out
+
+
+@pytest.fixture(scope="module")
+def finished(tones, tmp_path_factory):
+    out = tmp_path_factory.mktemp("nested")
+    assert nested.main([*SHORT, *CHOICE, "--data", str(tones), "--out", str(out)]) == 0
+    return out
+
+
+def test_the_best_on_development_data_is_chosen(finished):
+    folder = RunFolder.open(finished)
+    assert len(folder.config["candidates"]) == 3
+    for result in folder.load_folds():
+        scores = result.run["scores"]
+        assert len(scores) == 3
+        assert result.run["chosen"] == int(np.argmax(scores))
+
+
+@pytest.mark.parametrize("winner", [0, 1, 2])
+def test_whichever_wins_is_what_is_trained(winner, tones, tmp_path, monkeypatch, frozen):
+    scores = iter([float(n == winner) for n in range(3)])
+    monkeypatch.setattr(nested, "development_score", lambda *_: next(scores))
+    nested.main([*SHORT, *CHOICE, "--data", str(tones), "--out", str(tmp_path), "--only", "0.0"])
+    ours = RunFolder.open(tmp_path).load_fold(0, 0)
+    plain = RunFolder.open(frozen).load_fold(0, 0)
+    same = [u.probabilities for u in ours.utterances] == [u.probabilities for u in plain.utterances]
+    assert same == (winner == 0)
+
+
+def test_the_choice_never_sees_the_test_fold(tones, tmp_path, monkeypatch):
+    seen = []
+    split = nested.development_score
+
+    def watched(corpus, spoken, fold, settings, progress):
+        blind = [x if i in set(fold.train.tolist()) else np.full_like(x, np.nan) for i, x in enumerate(spoken[0])]
+        seen.append(split(corpus, [blind], fold, settings, progress))
+        return seen[-1]
+
+    monkeypatch.setattr(nested, "development_score", watched)
+    nested.main([*SHORT, *CHOICE, "--data", str(tones), "--out", str(tmp_path), "--only", "0.1"])
+    assert len(seen) == 3
+    assert np.isfinite(seen).all()
+
+
+def test_the_table_stands_beside_the_frozen_run(finished, frozen, tones, capsys):
+    arguments = [*SHORT, *CHOICE, "--data", str(tones), "--out", str(finished), "--frozen", str(frozen)]
+    assert nested.main(arguments) == 0  # nothing left to compute
+    printed = capsys.readouterr().out
+    theirs = [average_f1(r.matrix("sum")) for r in RunFolder.open(frozen).load_folds()]
+    assert f"{100 * np.mean(theirs):.2f}" in printed.splitlines()[-1]
+
+
+def test_another_frozen_run_is_refused(finished, frozen, tones, tmp_path):
+    train.main([*SHORT, "--data", str(tones), "--out", str(tmp_path), "--seed", "5"])
+    with pytest.raises(UserError, match="seed"):
+        nested.frozen_folds(tmp_path, RunFolder.open(finished).config)

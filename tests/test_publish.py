@@ -1,0 +1,200 @@
+"""Published runs: packed without loss, and every table of the README made of them."""
+
+import json
+import lzma
+import re
+import shlex
+import subprocess
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from test_report import CONFIG, make_fold
+
+from bench import publish
+from npser import train
+from npser.errors import UserError
+from npser.options import read
+from npser.packed import SUFFIX, open_run, pack, unpack
+from npser.recipes import RECIPES, as_settings
+from npser.report import main as report_main
+from npser.report import render_markdown
+from npser.runfolder import RunFolder, fold_result
+from npser.synthetic import demo_corpus
+
+LABELS = ("neutral", "anger")
+
+
+def config(**changes):
+    made = {**CONFIG, "recipe": "paper", **as_settings(RECIPES["paper"]["cnn"]), "arch": "cnn", "corpus": "emodb"}
+    return {**made, "folds": 2, "repeats": 2, **changes}
+
+
+def some_fold(repeat, fold, seed=0):
+    """A fold with unpleasant probabilities: more digits than are kept, and two that are nearly equal."""
+    rng = np.random.default_rng((seed, repeat, fold))
+    p = rng.dirichlet((1, 1), 20)
+    p[0] = 0.5 + 1e-9, 0.5 - 1e-9
+    truth = np.arange(20) % 2
+    names = [f"{n}.wav" for n in range(20 * fold, 20 * fold + 20)]
+    run = {"seconds": 1800.0, "machine": "a machine", "threads": 2, "versions": {"commit": "abc"}}
+    return fold_result(
+        repeat=repeat, fold=fold, labels=LABELS, vote="sum", epochs=make_fold(0, 0, [0, 0, 1, 1]).epochs, files=names,
+        speakers=[f"{n % 4}" for n in range(20)], truth=truth, probabilities=p, majority=p.argmax(1), run=run,
+    )  # fmt: skip
+
+
+def save(folder, settings, folds):
+    run = RunFolder.open_or_create(folder, settings)
+    for result in folds:
+        run.save_fold(result)
+    return folder
+
+
+def test_a_packed_run_reports_what_the_folder_does(tmp_path, capsys):
+    folds = [some_fold(r, f) for r in (0, 1) for f in (0, 1)]
+    folder = RunFolder.open(save(tmp_path / "run", config(), folds))
+    pack(folder.config, folds[::-1], tmp_path / "run.json.xz")
+    packed = open_run(tmp_path / "run.json.xz")
+    assert packed.config == folder.config
+    assert packed.finished() == folder.finished()
+    assert [r.confusion for r in packed.load_folds()] == [r.confusion for r in folder.load_folds()]
+    assert render_markdown(packed.config, packed.load_folds()) == render_markdown(folder.config, folds)
+    assert report_main([str(tmp_path / "run.json.xz")]) == 0
+    alone = capsys.readouterr().out
+    assert report_main([str(folder.path)]) == 0
+    assert capsys.readouterr().out == alone
+
+
+@pytest.mark.parametrize("damage", ["text", "truncated", "a decision", "no folds"])
+def test_a_damaged_file_is_refused_by_name(tmp_path, damage):
+    path = tmp_path / "run.json.xz"
+    pack(config(), [some_fold(0, 0)], path)
+    content = json.loads(lzma.decompress(path.read_bytes()))
+    if damage == "text":
+        path.write_text("not compressed")
+    elif damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-40])
+    else:
+        if damage == "no folds":
+            del content["folds"]
+        else:
+            content["folds"][0]["confusion"]["sum"][0][0] += 1
+        path.write_bytes(lzma.compress(json.dumps(content).encode()))
+    with pytest.raises(UserError, match=r"run\.json\.xz"):
+        unpack(path)
+
+
+def test_a_growing_run_keeps_what_was_published(tmp_path):
+    runs, pictures = tmp_path / "runs", tmp_path / "pictures"
+    pytest.importorskip("matplotlib")
+    save(tmp_path / "here", config(threads=1), [some_fold(0, 0), some_fold(0, 1)])
+    save(tmp_path / "there", config(threads=2), [some_fold(1, 0)])
+    written = publish.publish([tmp_path / "here"], runs, pictures)
+    assert {path.name for path in written} == {
+        "cnn-emodb-s0.json.xz",
+        "cnn-emodb-s0-confusion.png",
+        "cnn-emodb-s0-curves.png",
+    }
+    publish.publish([tmp_path / "there"], runs, pictures)
+    ((settings, folds),) = publish.shipped(runs).values()
+    assert [(r.repeat, r.fold) for r in folds] == [(0, 0), (0, 1), (1, 0)]
+    assert settings["epochs"] == config()["epochs"]
+    save(tmp_path / "other", config(epochs=99), [some_fold(1, 1)])
+    with pytest.raises(UserError, match="settings"):
+        publish.publish([tmp_path / "other"], runs, pictures)
+
+
+def test_another_machine_goes_on_from_the_packed_run(tmp_path, capsys):
+    pack(config(), [some_fold(0, 1)], tmp_path / "run.json.xz")
+    publish.main(["--unpack", str(tmp_path / "run.json.xz"), str(tmp_path / "run")])
+    folder = RunFolder.open_or_create(tmp_path / "run", config())
+    assert folder.finished() == [(0, 1)]
+
+
+def test_the_tables_hold_every_run(tmp_path):
+    folds = [some_fold(r, f) for r in (0, 1) for f in (0, 1)]
+    published = {
+        "cnn-emodb-s0": (config(), folds),
+        "lstm-emodb-s0": (config(arch="lstm"), [some_fold(0, f, seed=1) for f in (0, 1)]),
+        "cnn-emodb-speaker-s0": (config(cv="speaker", folds=4, repeats=1), folds[:2]),
+        "honest-cnn-emodb-s0": (config(experiment="honest"), folds[:2]),
+        "best-epoch-cnn-emodb-s0": (config(experiment="best-epoch"), folds[2:]),
+    }
+    text = publish.results_text(published)
+    rows = {
+        line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in text.splitlines() if line.startswith("|")
+    }
+    f1 = [np.nanmean([publish_f1(r) for r in part]) for part in (folds, folds[:2], folds[2:])]
+    assert rows["honest"][1] == f"{100 * f1[1]:.2f}"
+    assert rows["best-epoch"][2] == f"{100 * (f1[2] - f1[1]):+.2f}"
+    assert rows["cnn, paper recipe"][0] == "2 of 4"  # the last table with such a row: leave one speaker out
+    assert f"| cnn, paper recipe | 4 of 4 | {100 * f1[0]:.2f} |" in text
+    assert "86.06 (+-2.39)" in text
+    assert "cnn-emodb-s0 - lstm-emodb-s0" in text
+    assert "python -m npser.train --arch cnn --data emodb --cv speaker --repeats 1" in text
+    assert rows["cnn-emodb-s0"][-2:] == ["2.0", "4 of 4 |"]
+
+
+def publish_f1(result):
+    from npser.metrics import average_f1
+
+    return average_f1(result.matrix("sum"))
+
+
+def test_the_readme_holds_the_tables_of_the_shipped_runs():
+    text = publish.README.read_text(encoding="utf-8")
+    published = publish.shipped()
+    assert publish.between_markers(text) == publish.results_text(published)
+    assert publish.rewritten(text, published) == text
+    for picture in re.findall(r"\]\((bench/results/pictures/[^)]+)\)", text):
+        assert (publish.ROOT / picture).is_file(), picture
+
+
+def test_only_the_part_between_the_markers_is_rewritten():
+    text = f"before\n\n{publish.BEGIN}\n\nworn out\n\n{publish.END}\n\nafter\n"
+    made = publish.rewritten(text, {"cnn-emodb-s0": (config(), [some_fold(0, 0)])})
+    assert made.startswith("before\n\n")
+    assert made.endswith("\n\nafter\n")
+    assert "worn out" not in made
+    with pytest.raises(UserError, match="once each"):
+        publish.rewritten(text.replace(publish.END, ""), {})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--cv", "speaker", "--repeats", "2"),
+        ("--recipe", "best", "--seed", "7"),
+        ("--epochs", "3", "--segment-hop", "9", "--batch-size", "5", "--vote", "majority", "--folds", "4"),
+    ],
+)
+def test_the_command_that_is_shown_makes_the_run_again(options):
+    corpus = demo_corpus()
+    given = read(("--arch", "lstm", "--data", "emodb", *options))
+    made = train._config(given, replace(corpus, name="emodb"), 1, False)
+    again = read(shlex.split(publish.command_of(made))[3:])
+    assert train._config(again, replace(corpus, name="emodb"), 1, False) == made
+
+
+def test_a_real_run_is_published(tones, tmp_path):
+    pytest.importorskip("matplotlib")
+    short = ("--folds", "2", "--repeats", "1", "--epochs", "2", "--segment-hop", "40", "--threads", "1")
+    train.main(["--arch", "lstm", "--data", str(tones), *short, "--out", str(tmp_path / "run")])
+    publish.publish([tmp_path / "run"], tmp_path / "runs", tmp_path / "pictures")
+    published = publish.shipped(tmp_path / "runs")
+    ((name, (_, folds)),) = published.items()
+    assert len(folds) == 2
+    assert f"| lstm, paper recipe | 2 of 2 | {100 * np.mean([publish_f1(r) for r in folds]):.2f} |" in (
+        publish.results_text(published)
+    )
+    assert all((tmp_path / "pictures" / f"{name}-{kind}.png").stat().st_size for kind in publish.DRAWN)
+
+
+def test_published_files_are_not_ignored_by_git():
+    if not (publish.ROOT / ".git").exists():
+        pytest.skip("not a checkout")
+    for path in (publish.RUNS / f"any{SUFFIX}", publish.PICTURES / "any.png"):
+        ignored = subprocess.run(["git", "-C", publish.ROOT, "check-ignore", "-q", path], check=False)
+        assert ignored.returncode == 1, path
