@@ -1,13 +1,15 @@
 """Measurements: how fast the kernels are beside others (`python -m bench`), and how settings were chosen.
 
-    python -m bench [kernels|train|infer|all] [--quick] [--rows TEXT] [--without NAME] [--json FILE] [--threads N]
+    python -m bench [kernels|train|infer|all] [--device cuda] [--quick] [--rows TEXT] [--without NAME] [--json FILE]
+                    [--threads N]
 
 `kernels` times every operation, forward and backward, `train` one training step of each network and the peak memory of
 a fresh process, `infer` a batch of windows and whole utterances from samples to label; `all`, the default, all of that
 and a growth table of our own times. `--quick` shows a few rows at batch 32 in about a minute, without torch.compile.
 What is compared must be installed: pip install 'npser[bench]'; the rest is named as absent. torch.compile needs a C++
 compiler. Whole utterances are of the built-in corpus; the whole corpus is EMO-DB where NPSER_DATA says where it lies,
-else the built-in one. `--json` writes every round's median of every candidate, also of a run that was interrupted.
+else the built-in one. `--json` writes every round's median of every candidate, row by row, also of a run that was
+interrupted.
 
 How it measures:
 - Every candidate lives in a process of its own (worker.py), all on the same cores with the same number of threads. One
@@ -28,10 +30,20 @@ How it measures:
   (f) and bytes over the measured memory bandwidth (m), over our time. Skipped operations, or operands that stay in the
   caches, can raise it above 100 %.
 
+On a GPU (`--device cuda`; not on Numba's simulator):
+- Columns are npser in float32 and TF32, PyTorch (cuDNN, cuBLAS) eager, channels last, as one CUDA graph and compiled
+  with TF32 off, eager and as a graph with TF32 on, and JAX with both. Only `kernels` without the Fourier transform,
+  `train` and `infer` of windows are timed; peak memory, utterances and growth are not.
+- Operands are on the device before the clock runs, and results stay there. A time is the mean of as many repetitions as
+  last 20 ms, by events before the first and behind the last of them; for JAX, which has none, by the clock on the host.
+- The peaks are measured: multiply-adds of registers by a kernel of ours, bytes read and written by a copy.
+- Results in TF32 may be 50 times as far from the reference as those in float32. A CUDA graph is checked as the step
+  that was captured.
+
 Reading the code: workloads.py says what is computed, peers/ how each candidate computes it, race.py how candidates take
-turns, machine.py what the machine can do, suites.py which rows there are, tables.py what is printed. A new operation is
-a kind in workloads.py, a function of that name in the modules of peers/, and a row in suites.py. develop.py is of
-another kind: it tries settings on development data.
+turns, machine.py and gpu.py what the machine can do, suites.py which rows there are, tables.py what is printed. A new
+operation is a kind in workloads.py, a function of that name in the modules of peers/, and a row in suites.py.
+develop.py is of another kind: it tries settings on development data.
 
 Nothing here is imported by npser or kernels.
 """

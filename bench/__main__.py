@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -20,13 +21,20 @@ PACKAGES = ("torch", "jax", "onnxruntime")
 
 
 def parser() -> Parser:
-    from bench.peers import CANDIDATES, OURS
+    from bench.peers import CANDIDATES, CUDA_CANDIDATES, OURS
 
-    peers = [candidate.name for candidate in CANDIDATES if candidate != OURS]
+    peers = list(dict.fromkeys(c.name for c in (*CANDIDATES, *CUDA_CANDIDATES) if c.name != OURS.name))
     p = Parser(prog="python -m bench", description="How fast the kernels are, beside PyTorch, JAX and ONNX Runtime.")
     p.add_argument("section", nargs="?", choices=SECTIONS, default="all", help="what to time (default: all)")
     p.add_argument("--quick", action="store_true", help="about a minute: a few rows at batch 32, few rounds")
-    p.add_argument("--rows", metavar="TEXT", default="", help="only the rows whose title holds TEXT, such as 'B 32'")
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
+    p.add_argument(
+        "--rows",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="only the rows whose title holds TEXT from a word's beginning on, such as 'B 32'; may be repeated",
+    )
     p.add_argument(
         "--without",
         metavar="NAME",
@@ -48,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     threads = _threads(options.threads)
     if options.json:
         _check_writable(options.json)
+    if options.device == "cuda":
+        _require_gpu()
 
     from bench.race import Failed
 
@@ -68,6 +78,22 @@ def _threads(wanted: int | None) -> int:
     if wanted is not None and wanted > available:
         raise UserError(f"--threads {wanted}: this machine has {available} cores: use at most so many")
     return wanted or available
+
+
+def _require_gpu() -> None:
+    """UserError, one line, without a GPU; the simulator is none."""
+    import kernels
+
+    try:
+        kernels.rung("cuda")
+    except kernels.Unavailable as error:
+        raise UserError(f"--device cuda: {error}") from error
+
+
+def _gpu() -> str:
+    from kernels.cuda import device_name
+
+    return device_name()
 
 
 def _check_writable(path: Path) -> None:
@@ -135,7 +161,7 @@ class Run:
 
         self.introduce()
         wanted = {c for section in self.sections for c in self._candidates(section)}
-        for candidate in peers.CANDIDATES:
+        for candidate in peers.ON_DEVICE[self.options.device]:
             if candidate in wanted:
                 missing = candidate.missing()
                 state = f"absent: {', '.join(missing)} not installed (pip install 'npser[bench]')" if missing else ""
@@ -144,23 +170,26 @@ class Run:
                     self.absent[candidate.name] = state
         print("times in ms; the columns are explained in bench/__init__.py\n", flush=True)
 
-        work = {
-            section: [w for w in self._workloads(section, folder) if self.options.rows in w.title]
-            for section in self.sections
-        }
+        work = {section: [w for w in self._workloads(section, folder) if self._wanted(w)] for section in self.sections}
         if not any(work.values()):
-            raise UserError(f"--rows {self.options.rows}: no row has that in its title")
-        grown = list(self._growth(folder)) if self.options.section == "all" and not self.options.quick else []
+            raise UserError(f"--rows {' '.join(self.options.rows)}: no row has that in its title")
+        on_cpu = self.options.device == "cpu"
+        everything = self.options.section == "all" and not self.options.quick and on_cpu
+        grown = list(self._growth(folder)) if everything else []
         self.progress = Progress(self.peaks["flops"])
         self.progress.expect(w.operations for workloads in work.values() for w in workloads)
         self.progress.expect(w.operations for _, _, w, _ in grown)
         for section, workloads in work.items():
             if workloads:
                 self.time_section(section, workloads, folder)
-            if section == "train" and not self.options.quick:
+            if section == "train" and not self.options.quick and on_cpu:
                 self.measure_memory()
         if grown:
             self.time_growth(grown, folder)
+
+    def _wanted(self, workload: Any) -> bool:
+        rows = self.options.rows
+        return not rows or any(re.search(rf"(?<!\w){re.escape(text)}", workload.title) for text in rows)
 
     def introduce(self) -> None:
         """The machine, the programs, and what the machine can do."""
@@ -171,21 +200,22 @@ class Run:
             except PackageNotFoundError:
                 continue
         now = datetime.now().astimezone().isoformat(timespec="seconds")
-        print(f"{self.command}\n{machine()}; {self.threads} threads; {now}")
+        where = machine() if self.options.device == "cpu" else f"{_gpu()}; {machine()}"
+        print(f"{self.command}\n{where}; {self.threads} threads; {now}")
         print(", ".join(f"{name} {value}" for name, value in found.items()), flush=True)
         self.peaks = self.measure_machine()
         print(
             f"measured peaks: {self.peaks['flops'] / 1e9:.0f} GFLOP/s of multiply-adds; memory "
             f"{self.peaks['read'] / 1e9:.1f} GB/s read, {self.peaks['update'] / 1e9:.1f} GB/s read and written"
         )
-        about = {"command": self.command, "machine": machine(), "threads": self.threads, "date": now}
+        about = {"command": self.command, "machine": where, "threads": self.threads, "date": now}
         self.about = about | {"versions": found}
 
     def measure_machine(self) -> dict[str, float]:
         """See `bench.machine.measure`; in a process of its own, with our threads."""
         from bench.race import Worker
 
-        worker = Worker("npser", self.threads)
+        worker = Worker("npser", self.threads, self.options.device)
         try:
             return worker.ask("peaks")
         finally:
@@ -194,7 +224,11 @@ class Run:
     def _candidates(self, section: str) -> list[Any]:
         from bench import suites
 
-        return [c for c in suites.candidates(section, self.options.quick) if c.name not in self.options.without]
+        return [
+            c
+            for c in suites.candidates(section, self.options.quick, self.options.device)
+            if c.name not in self.options.without
+        ]
 
     def _workloads(self, section: str, folder: Path) -> Iterable[Any]:
         from bench import suites, workloads
@@ -202,15 +236,21 @@ class Run:
         quick = self.options.quick
         if section == "kernels":
             return suites.kernels(quick)
+        trained = None if quick or self.options.device != "cpu" else folder / "trained.npz"
+        if trained and not trained.exists():
+            print(f"training convolutions for {workloads.UPDATES} updates ...", file=sys.stderr, flush=True)
+            workloads.train_convolutions(trained)
         if section == "train":
-            return suites.train(quick)
+            return suites.train(quick, trained)
+        if self.options.device != "cpu":
+            return suites.infer(quick, trained, folder, folder, "", self.options.device)
         few, corpus = folder / "utterances.npz", folder / "corpus.npz"
         name = "emodb" if os.environ.get("NPSER_DATA") else "demo"
         if not quick:
             print(f"reading the corpus {name} ...", file=sys.stderr, flush=True)
             workloads.record(few, "demo", suites.UTTERANCES)
             workloads.record(corpus, name, None)
-        return suites.infer(quick, few, corpus, name)
+        return suites.infer(quick, trained, few, corpus, name)
 
     def _growth(self, folder: Path) -> Iterable[tuple[str, str, Any, int]]:
         """(series, point, workload, threads) of what the other sections do not time anyhow."""
@@ -229,7 +269,7 @@ class Run:
         columns = [c for c in self._candidates(section) if not c.missing()]
         table = Table(columns, self.peaks)
         print(table.head(section), flush=True)
-        with Race(columns, self.threads, self._pace(), folder) as race:
+        with Race(columns, self.threads, self._pace(), folder, self.options.device) as race:
             for workload in workloads:
                 self._keep(race.run(section, workload), table)
         print(flush=True)
@@ -239,13 +279,14 @@ class Run:
         self.rows.append(row.as_json())
         self.faulty |= row.faulty
         self.progress.row_done(row.workload.operations)
+        self.write_json()  # a run that is killed keeps its rows
 
     def measure_memory(self) -> None:
         from bench import suites
         from bench.race import Failed, peak_memory
         from bench.tables import memory_line
 
-        rows = [workload for workload in suites.memory() if self.options.rows in workload.title]
+        rows = [workload for workload in suites.memory() if self._wanted(workload)]
         if rows:
             print("peak memory of a fresh process, MB")
         for workload in rows:
@@ -291,7 +332,9 @@ class Run:
     def _pace(self) -> Any:
         from bench.race import Pace
 
-        return Pace(turn=0.15, row=0.0) if self.options.quick else Pace()
+        if self.options.quick:
+            return Pace(turn=0.15, row=0.0)
+        return Pace() if self.options.device == "cpu" else Pace(turn=0.1, row=4.0)  # a GPU is its candidate's alone
 
     def write_json(self) -> None:
         """Whatever has been measured, also when the run was ended early."""

@@ -28,12 +28,12 @@ class Failed(Exception):
 class Worker:
     """A process that holds one candidate."""
 
-    def __init__(self, name: str, threads: int) -> None:
+    def __init__(self, name: str, threads: int, device: str = "cpu") -> None:
         root = Path(__file__).resolve().parent.parent
         path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
         self.complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the worker
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "bench.worker", name, str(threads)],
+            [sys.executable, "-m", "bench.worker", name, str(threads), device],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.complaints,
@@ -182,8 +182,11 @@ class Pace:
 class Race:
     """Runs workloads on candidates, one worker each for as long as it lives."""
 
-    def __init__(self, candidates: Sequence[Candidate], threads: int, pace: Pace, folder: Path) -> None:
+    def __init__(
+        self, candidates: Sequence[Candidate], threads: int, pace: Pace, folder: Path, device: str = "cpu"
+    ) -> None:
         self.candidates, self.threads, self.pace, self.folder = candidates, threads, pace, folder
+        self.device = device
         self.workers: dict[str, Worker] = {}
 
     def __enter__(self) -> "Race":
@@ -195,7 +198,7 @@ class Race:
 
     def worker(self, name: str) -> Worker:
         if name not in self.workers or not self.workers[name].alive:
-            self.workers[name] = Worker(name, self.threads)
+            self.workers[name] = Worker(name, self.threads, self.device)
         return self.workers[name]
 
     def run(self, section: str, workload: Workload) -> Row:
@@ -218,7 +221,7 @@ class Race:
                 if not reply.get("offered", True):
                     continue
                 row.errors[name] = reply["error"]
-                if not reply["error"] <= workload.tolerance:
+                if not reply["error"] <= candidate.tolerance(workload.tolerance):
                     row.wrong.append(name)
                     raise Failed(f"wrong: {reply['where']} differs from the reference by {reply['error']:.2g}")
                 self.worker(name).ask("begin")

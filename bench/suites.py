@@ -4,8 +4,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench import workloads
-from bench.peers import JAX, ONNX, OURS, TORCH, TORCH_COMPILE, TORCH_LOOP, TORCH_NHWC, Candidate, Sizes
-from bench.workloads import Workload, label_sizes
+from bench.peers import (
+    CUDA_CANDIDATES,
+    CUDA_COMPILE,
+    CUDA_GRAPH,
+    CUDA_GRAPH_TF32,
+    JAX,
+    ONNX,
+    OURS,
+    TORCH,
+    TORCH_COMPILE,
+    TORCH_LOOP,
+    TORCH_NHWC,
+    Candidate,
+    Sizes,
+)
+from bench.workloads import UPDATES, Workload, label_sizes
 
 BATCHES = (1, 8, 32, 128)
 ARCHITECTURES = ("cnn", "lstm", "tdcnn")
@@ -15,14 +29,20 @@ COLUMNS = {
     "infer": (OURS, TORCH, TORCH_NHWC, TORCH_COMPILE, JAX, ONNX),
     "growth": (OURS,),
 }
+CUDA_COLUMNS = {
+    "kernels": tuple(c for c in CUDA_CANDIDATES if c not in (CUDA_GRAPH, CUDA_GRAPH_TF32)),
+    "train": CUDA_CANDIDATES,
+    "infer": CUDA_CANDIDATES,
+}
 MEMORY = (OURS, TORCH, TORCH_LOOP)
 UTTERANCES, SEGMENT_HOP = 8, 8  # of the built-in corpus; frames from one window to the next
 CORPUS_HOP = {"cnn": 16, "lstm": 16, "tdcnn": 32}  # as training has it
 
 
-def candidates(section: str, quick: bool) -> list[Candidate]:
+def candidates(section: str, quick: bool, device: str = "cpu") -> list[Candidate]:
     """The columns of a section. A quick look waits for no C++ compiler."""
-    return [c for c in COLUMNS[section] if not (quick and c in (TORCH_COMPILE, TORCH_LOOP))]
+    columns = COLUMNS if device == "cpu" else CUDA_COLUMNS
+    return [c for c in columns[section] if not (quick and c in (TORCH_COMPILE, TORCH_LOOP, CUDA_COMPILE))]
 
 
 # --- kernels -----------------------------------------------------------------------------------------------------
@@ -94,19 +114,28 @@ def _network(arch: str, B: int, **model: int) -> Sizes:
     return {"arch": arch, "B": B, "model": model}
 
 
-def _step(arch: str, B: int) -> Workload:
-    return Workload("train", f"{arch} training step, B {B}", _network(arch, B), tolerance=1e-3)
+def _step(arch: str, B: int, trained: Path | None = None) -> Workload:
+    sizes, after = _trained(_network(arch, B), trained)
+    return Workload("train", f"{arch} training step, B {B}{after}", sizes, tolerance=1e-3)
 
 
-def _batch(arch: str, B: int) -> Workload:
-    return Workload("infer", f"{arch} inference, B {B}", _network(arch, B))
+def _batch(arch: str, B: int, trained: Path | None = None) -> Workload:
+    sizes, after = _trained(_network(arch, B), trained)
+    return Workload("infer", f"{arch} inference, B {B}{after}", sizes)
 
 
-def train(quick: bool) -> Iterator[Workload]:
+def _trained(sizes: Sizes, trained: Path | None) -> tuple[Sizes, str]:
+    """The sizes with convolutions from a file of `workloads.train_convolutions`, and what a title says of it."""
+    return (sizes, "") if trained is None else (sizes | {"trained": str(trained)}, f", after {UPDATES} updates")
+
+
+def train(quick: bool, trained: Path | None) -> Iterator[Workload]:
     """One training step of each network: forward, backward and update, dropout on."""
     for arch in ("cnn",) if quick else ARCHITECTURES:
         for B in (32,) if quick else BATCHES:
             yield _step(arch, B)
+    for arch in ("cnn", "tdcnn") if trained else ():
+        yield _step(arch, 32, trained)
 
 
 def memory() -> Iterator[Workload]:
@@ -115,13 +144,17 @@ def memory() -> Iterator[Workload]:
         yield Workload("memory", f"{arch} training, B 32", _network(arch, 32))
 
 
-def infer(quick: bool, recorded: Path, corpus: Path, corpus_name: str) -> Iterator[Workload]:
-    """Batches of windows; then utterances, from samples to label, a few and a whole corpus."""
+def infer(
+    quick: bool, trained: Path | None, recorded: Path, corpus: Path, corpus_name: str, device: str = "cpu"
+) -> Iterator[Workload]:
+    """Batches of windows; then, on the cpu, utterances, from samples to label, a few and a whole corpus."""
     for arch in ("cnn",) if quick else ARCHITECTURES:
         for B in (32,) if quick else BATCHES:
             yield _batch(arch, B)
-    if quick:
+    if quick or device != "cpu":
         return
+    for arch in ("cnn", "tdcnn"):
+        yield _batch(arch, 32, trained)
     for arch in ARCHITECTURES:
         sizes = label_sizes(recorded, arch, SEGMENT_HOP)
         yield Workload("label", f"{arch}, {sizes['count']} utterances, {sizes['windows']} windows, hop 8", sizes)

@@ -1,4 +1,4 @@
-"""python -m bench.worker CANDIDATE THREADS: one candidate in a process of its own, told what to do by lines of JSON.
+"""python -m bench.worker CANDIDATE THREADS DEVICE: one candidate in a process of its own, told by lines of JSON.
 
 Requests come on standard input, one reply each goes to standard output:
 
@@ -6,7 +6,8 @@ Requests come on standard input, one reply each goes to standard output:
         -> {"offered": false}, or {"error": .., "where": ..}: how far the result is from the reference; the reference
            candidate itself writes that file instead
     {"do": "begin"}              make what is timed and run it once     -> {"seconds": ..} of a second repetition
-    {"do": "run", "seconds": ..} once, then repeat for so long          -> {"times": [..]} but for the first
+    {"do": "run", "seconds": ..} once, then repeat for so long          -> {"times": [..]} but for the first; on a GPU
+           each is the mean of as many repetitions as last BURST seconds
     {"do": "rest"}               give back what is prepared              -> {}
     {"do": "remember"}           the largest memory of this process     -> {"bytes": ..}
     {"do": "peaks"}              what the machine can do                -> {"flops": .., "read": .., "update": ..}
@@ -17,14 +18,17 @@ What goes wrong is answered by {"failed": one line}. The end of the input ends t
 import json
 import os
 import sys
-import time
 from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
 from typing import Any, TextIO
 
 from npser.cli import keep_memory
 
+BURST = 0.02  # seconds that a GPU is timed for at once: launches go on while it works, as in training
 
-def pin(threads: int, blas_threads: int) -> None:
+
+def pin(threads: int, blas_threads: int, device: str = "cpu") -> None:
     """Bind this process, and every thread pool that is still to start, to the first `threads` cores."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
@@ -35,16 +39,19 @@ def pin(threads: int, blas_threads: int) -> None:
     # XLA's own pool counts the cores that the process may use; this makes sure of the libraries below it.
     flags = f"--xla_cpu_multi_thread_eigen={str(threads > 1).lower()} intra_op_parallelism_threads={threads}"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["JAX_PLATFORMS"] = device
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # a GPU is shared with the other candidates
 
 
 class Bench:
     """What the requests do; the state is the workload that is prepared."""
 
-    def __init__(self, candidate: str) -> None:
+    def __init__(self, candidate: str, device: str = "cpu") -> None:
         from bench import peers
 
-        self.candidate = peers.named(candidate)
+        self.candidate, self.device = peers.named(candidate, device), device
+        self.seconds: Callable[[Callable[[], object], int], float] = peers.by_the_clock
+        self.count = 1  # repetitions that are timed at once
         self.prepared: peers.Prepared | None = None
         self.call: Callable[[], object] | None = None
 
@@ -70,23 +77,24 @@ class Bench:
 
     def begin(self) -> dict[str, Any]:
         assert self.prepared is not None
-        self.call = self.prepared.begin()
+        self.call, self.seconds, self.count = self.prepared.begin(), self.prepared.seconds, 1
         self.prepared = None
-        self.call()
-        return {"seconds": self._timed()}
+        self._timed()
+        once = self._timed()
+        if self.candidate.device != "cpu":
+            self.count = max(1, min(1000, int(BURST / max(once, 1e-6))))
+        return {"seconds": once}
 
     def run(self, seconds: float) -> dict[str, Any]:
         self._timed()  # not counted: it finds the caches, and maybe the memory, full of other candidates' data
         times = [self._timed()]
-        while sum(times) < seconds:
+        while self.count * sum(times) < seconds:
             times.append(self._timed())
         return {"times": times}
 
     def _timed(self) -> float:
         assert self.call is not None
-        started = time.perf_counter()
-        self.call()
-        return time.perf_counter() - started
+        return self.seconds(self.call, self.count) / self.count
 
     def rest(self) -> dict[str, Any]:
         self.prepared = self.call = None
@@ -95,13 +103,18 @@ class Bench:
     def remember(self) -> dict[str, Any]:
         import resource
 
+        status = Path("/proc/self/status")
+        if (
+            status.exists()
+        ):  # Linux: the peak that getrusage tells begins with that of the process that started this one
+            peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+            return {"bytes": 1024 * int(peak.split()[1])}
         unit = 1 if sys.platform == "darwin" else 1024
         return {"bytes": unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
 
     def peaks(self) -> dict[str, Any]:
-        from bench.machine import measure
-
-        return measure()
+        found: dict[str, Any] = import_module("bench.machine" if self.device == "cpu" else "bench.gpu").measure()
+        return found
 
 
 def serve(bench: Any, requests: TextIO, replies: TextIO) -> None:
@@ -121,13 +134,13 @@ def first_line(text: str) -> str:
 
 
 def main() -> int:
-    candidate, threads = sys.argv[1], int(sys.argv[2])
-    pin(threads, threads if candidate == "reference" else 1)
+    candidate, threads, device = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    pin(threads, threads if candidate == "reference" else 1, device)
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints is no reply
     if candidate == "npser":
         keep_memory()  # as the project's own commands do
-    serve(Bench(candidate), sys.stdin, replies)
+    serve(Bench(candidate, device), sys.stdin, replies)
     return 0
 
 

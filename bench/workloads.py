@@ -18,6 +18,7 @@ from kernels.reference import Array
 SEED = 2016
 LR, MOMENTUM, DECAY, DROPOUT = 0.01, 0.8, 1e-6, 0.25  # of the paper
 CHECK_LR, CHECK_BATCH, CHECK_STEPS = 0.05, 2, 2  # training steps that are compared; the rate makes changes visible
+UPDATES = 150  # after so many, three of four features are 0, and it stays so
 DISTINCT = 4  # different windows in a batch of `infer`: the reference computes only so many
 CLASSES = 7
 SAMPLED = 1 << 20  # of a larger result, so many entries are compared
@@ -101,7 +102,8 @@ def inputs(kind: str, s: Sizes) -> Inputs:
     if kind in ("train", "memory", "infer"):
         frames, bins = window_shape(s)
         distinct = min(s["B"], DISTINCT) if kind == "infer" else s["B"]
-        x = np.resize(normal(distinct, frames, bins), (s["B"], frames, bins))
+        windows = _recorded_windows(s)[:distinct, :frames] if "trained" in s else normal(distinct, frames, bins)
+        x = np.resize(windows, (s["B"], frames, bins))
         made = {"x": x, "y": targets(s["B"], CLASSES)}
         return made if kind == "memory" else made | weights(s)
     if kind == "label":
@@ -121,10 +123,50 @@ def window_shape(s: Sizes) -> tuple[int, int]:
 
 
 def weights(s: Sizes) -> Inputs:
-    """The initial parameters of a network by name, as `npser.models` makes them from the seed."""
+    """The initial parameters of a network by name, as `npser.models` makes them from the seed.
+
+    With a file of `train_convolutions` as s["trained"], those of the convolutions are the trained ones.
+    """
     from npser.models import build_model
 
-    return build_model(s["arch"], backend="reference", seed=SEED, **s["model"]).params
+    return build_model(s["arch"], backend="reference", seed=SEED, **s["model"]).params | trained(s)
+
+
+def trained(s: Sizes) -> Inputs:
+    """The trained convolutions that a workload asks for; empty where it asks for none."""
+    if "trained" not in s:
+        return {}
+    with np.load(s["trained"]) as file:
+        return {name: file[name] for name in file if name != "windows"}
+
+
+def _recorded_windows(s: Sizes) -> Array:
+    with np.load(s["trained"]) as file:
+        return np.asarray(file["windows"])
+
+
+def train_convolutions(path: Path) -> None:
+    """Write to `path` the convolutions of a cnn after UPDATES updates on the built-in corpus, and windows of it.
+
+    What they hand on has more zeros than that of initial weights, and ours computes less where there are more.
+    """
+    from npser.corpus import open_corpus
+    from npser.features import Standardisation, WindowSet
+    from npser.frontend import read_frames
+    from npser.models import build_model, input_frames
+    from npser.optim import SGD
+
+    corpus = open_corpus("demo")
+    frames = read_frames(corpus, "cpu")
+    windows = WindowSet(frames, Standardisation.of(frames), input_frames("tdcnn"), 16)
+    targets = corpus.targets[windows.owner]
+    model, sgd, rng = build_model("cnn", seed=SEED), SGD(), np.random.default_rng(SEED)
+    for _ in range(UPDATES):
+        batch = rng.integers(0, len(windows), 32)
+        model.train_step(windows.batch(batch)[:, : model.input_frames], targets[batch], sgd)
+    some = windows.batch(rng.integers(0, len(windows), 32))
+    kept: dict[str, Any] = {name: value for name, value in model.params.items() if name.startswith("conv")}
+    np.savez(path, windows=some, **kept)
 
 
 def utterances(made: Inputs) -> list[Array]:

@@ -14,7 +14,19 @@ from conftest import ROOT, run_module
 
 import bench.__main__ as command
 from bench import machine, race, suites, tables, worker, workloads
-from bench.peers import CANDIDATES, JAX, ONNX, OURS, TORCH, TORCH_COMPILE, TORCH_LOOP, TORCH_NHWC, Prepared
+from bench.peers import (
+    CANDIDATES,
+    CUDA_CANDIDATES,
+    JAX,
+    ONNX,
+    OURS,
+    TORCH,
+    TORCH_COMPILE,
+    TORCH_LOOP,
+    TORCH_NHWC,
+    Prepared,
+    named,
+)
 from bench.race import Pace, Race, Row, Worker, interleave
 from bench.workloads import Workload
 from npser.errors import UserError
@@ -152,14 +164,14 @@ class Off:
 
 @pytest.fixture
 def reference_file(tmp_path):
-    path, reference = str(tmp_path / "reference.npz"), worker.Bench("reference")
+    path, reference = str(tmp_path / "reference.npz"), worker.Bench("reference", "cpu")
     reference.prepare("relu", {"N": 100}, path)
     return path
 
 
 @pytest.mark.parametrize("by", [0.0, 1e-2, float("nan")])
 def test_one_wrong_entry_is_seen(by, reference_file):
-    b = worker.Bench("npser")
+    b = worker.Bench("npser", "cpu")
     b.candidate = Off(by)
     reply = b.prepare("relu", {"N": 100}, reference_file)
     if by == 0:
@@ -250,6 +262,31 @@ def test_peers_do_without_our_compiled_kernels():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=300)
 
 
+def test_candidates_on_a_gpu_are_told_apart():
+    names = [candidate.name for candidate in CUDA_CANDIDATES]
+    assert len(set(names)) == len(names)
+    assert [named(name, "cuda") for name in names] == list(CUDA_CANDIDATES)
+    assert named("npser") is OURS
+    assert all(candidate.device == "cuda" for candidate in CUDA_CANDIDATES)
+    for section in ("kernels", "train", "infer"):
+        assert suites.candidates(section, True, "cuda")[0].name == OURS.name  # whom the ratio is of
+    assert CUDA_CANDIDATES[1].tf32
+    assert CUDA_CANDIDATES[1].tolerance(1e-4) > CUDA_CANDIDATES[0].tolerance(1e-4) == 1e-4
+
+
+@pytest.mark.parametrize("candidate", CUDA_CANDIDATES, ids=lambda c: c.name)
+def test_a_framework_without_a_gpu_says_so(candidate, references):
+    """It must not be timed on the cpu instead."""
+    if missing := candidate.missing():
+        pytest.skip(f"{', '.join(missing)} not installed")
+    process = Worker(candidate.name, 1, "cuda")
+    try:
+        with pytest.raises(race.Failed):
+            process.ask("prepare", kind="train", sizes=NETWORKS[0].sizes, reference=references[0])
+    finally:
+        process.close()
+
+
 # --- turns and statistics ----------------------------------------------------------------------------------------
 
 
@@ -313,9 +350,23 @@ def test_operations_of_a_training_step(arch, giga):
     assert suites._step(arch, 32).operations / 1e9 == pytest.approx(giga, rel=0.02)
 
 
+def test_trained_convolutions(tmp_path, monkeypatch):
+    """A workload after some updates has other convolutions than a fresh one, and windows of the corpus."""
+    monkeypatch.setattr(workloads, "UPDATES", 2)
+    path = tmp_path / "trained.npz"
+    workloads.train_convolutions(path)
+    fresh = {"arch": "cnn", "B": 3, "model": {}}
+    initial, later = (workloads.inputs("train", sizes) for sizes in (fresh, fresh | {"trained": str(path)}))
+    assert initial.keys() == later.keys()
+    assert later["x"].shape == (3, 128, 128)
+    for name in initial.keys() - {"y"}:
+        assert np.array_equal(initial[name], later[name]) == name.startswith(("dense", "out")), name
+
+
 def test_suites_are_made_of_what_candidates_offer(recorded, tmp_path):
     for quick in (False, True):
-        rows = [*suites.kernels(quick), *suites.train(quick), *suites.infer(quick, recorded, recorded, "demo")]
+        rows = [*suites.kernels(quick), *suites.train(quick, recorded)]
+        rows += suites.infer(quick, recorded, recorded, recorded, "demo")
         assert len({row.title for row in rows}) == len(rows)
         for row in rows:
             assert len(row.title) <= tables.TITLE
@@ -386,7 +437,8 @@ def test_rows_and_candidates_can_be_left_out(small_command, monkeypatch, capsys)
 def test_all_sections_and_growth(small_command, monkeypatch, tmp_path, capsys):
     step = Workload("train", "tiny training step, B 3", {"arch": "cnn", "B": 3, "model": TINY}, tolerance=1e-3)
     batch = Workload("infer", "tiny inference, B 6", {"arch": "cnn", "B": 6, "model": TINY})
-    monkeypatch.setattr(suites, "train", lambda quick: [step])
+    monkeypatch.setattr(workloads, "UPDATES", 1)
+    monkeypatch.setattr(suites, "train", lambda quick, trained: [step])
     monkeypatch.setattr(suites, "infer", lambda quick, *files: [batch])
     monkeypatch.setattr(suites, "memory", lambda: [Workload("memory", "tiny", step.sizes)])
     monkeypatch.setattr(suites, "growth", lambda folder, recorded: [("tiny, against width", "8", step)])

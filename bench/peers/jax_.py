@@ -1,6 +1,11 @@
-"""JAX, compiled by jit. Images and weights have the layout of `kernels`, which XLA takes as it is."""
+"""JAX, compiled by jit. Images and weights have the layout of `kernels`, which XLA takes as it is.
 
+On a GPU, where JAX has no events, the clock is read before the first call and when the last result is there.
+"""
+
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -14,6 +19,33 @@ from bench.peers.scoring import label_with
 from bench.workloads import CHECK_BATCH, CHECK_LR, CHECK_STEPS, DECAY, DROPOUT, LR, MOMENTUM, SEED, weights
 from kernels.reference import Array
 
+_waits = True  # for the result of every call
+
+
+def use_gpu(tf32: bool) -> None:
+    global _waits
+    if jax.default_backend() != "gpu":
+        raise RuntimeError("this JAX finds no GPU")
+    _waits = False
+    jax.config.update("jax_default_matmul_precision", "tensorfloat32" if tf32 else "highest")
+
+
+def ready(result: Any) -> Any:
+    return jax.block_until_ready(result) if _waits else result
+
+
+def to_the_end(call: Callable[[], Any], count: int) -> float:
+    """Seconds of so many calls, the last result included."""
+    started = time.perf_counter()
+    for _ in range(count):
+        result = call()
+    jax.block_until_ready(result)
+    return time.perf_counter() - started
+
+
+def prepared(outputs: Callable[[], Inputs], begin: Callable[[], Callable[[], object]]) -> Prepared:
+    return Prepared(outputs, begin) if _waits else Prepared(outputs, begin, to_the_end)
+
 
 def compiled(f: Callable[..., Any], *operands: Any, names: tuple[str, ...]) -> Prepared:
     """f of operands that are on the device already, waited for."""
@@ -21,14 +53,14 @@ def compiled(f: Callable[..., Any], *operands: Any, names: tuple[str, ...]) -> P
     there = [jax.device_put(operand) for operand in operands]
 
     def run() -> Any:
-        return jax.block_until_ready(fast(*there))
+        return ready(fast(*there))
 
     def outputs() -> Inputs:
         result = run()
         values = result if isinstance(result, tuple) else (result,)
         return {name: np.atleast_1d(value) for name, value in zip(names, values, strict=True)}
 
-    return Prepared(outputs, lambda: run)
+    return prepared(outputs, lambda: run)
 
 
 def convolution(x: Any, w: Any, b: Any) -> Any:
@@ -110,14 +142,15 @@ def _in_place(step: Callable[..., Any], w: Array, v: Array, *operands: Array) ->
     state = [jax.device_put(w), jax.device_put(v)]
     there = [jax.device_put(operand) for operand in operands]
 
-    def run() -> None:
-        state[:] = jax.block_until_ready(f(*state, *there))
+    def run() -> Any:
+        state[:] = ready(f(*state, *there))
+        return state[0]
 
     def outputs() -> Inputs:
         run()
         return {"w": np.asarray(state[0]), "v": np.asarray(state[1])}
 
-    return Prepared(outputs, lambda: run)
+    return prepared(outputs, lambda: run)
 
 
 def dense_update(a: Inputs, s: Sizes, variant: str) -> Prepared:
@@ -165,8 +198,8 @@ def _key() -> Any:
 
 
 def dropout(a: Inputs, s: Sizes, variant: str) -> Prepared:
-    prepared = compiled(lambda x, key: _dropout(x, DROPOUT, key), a["x"], _key(), names=("y",))
-    return Prepared(lambda: dropout_facts(a["x"], prepared.outputs()["y"]), prepared.begin)
+    made = compiled(lambda x, key: _dropout(x, DROPOUT, key), a["x"], _key(), names=("y",))
+    return replace(made, outputs=lambda: dropout_facts(a["x"], made.outputs()["y"]))
 
 
 def cross_entropy_of(logits: Any, y: Any) -> Any:
@@ -230,12 +263,12 @@ class Training:
         self.v = {name: jnp.zeros_like(value) for name, value in self.p.items()}
         self.key, self.updates = _key(), 0
 
-    def run(self, x: Any, y: Any, lr: float, decay: float) -> float:
+    def run(self, x: Any, y: Any, lr: float, decay: float) -> Any:
         key = jax.random.fold_in(self.key, self.updates)
         rate = lr / (1 + decay * self.updates)
-        self.p, self.v, loss = jax.block_until_ready(self.step(self.p, self.v, x, y, rate, key))
+        self.p, self.v, loss = ready(self.step(self.p, self.v, x, y, rate, key))
         self.updates += 1
-        return float(loss)
+        return float(loss) if _waits else loss
 
 
 def _parameters(a: Inputs) -> Inputs:
@@ -246,10 +279,10 @@ def train(a: Inputs, s: Sizes, variant: str) -> Prepared:
     def outputs() -> Inputs:
         training = Training(_parameters(a), s, 0.0)
         x, y = a["x"][:CHECK_BATCH], a["y"][:CHECK_BATCH]
-        losses = [training.run(x, y, CHECK_LR, 0.0) for _ in range(CHECK_STEPS)]
+        losses = [float(training.run(x, y, CHECK_LR, 0.0)) for _ in range(CHECK_STEPS)]
         return training_facts(a, losses, {name: np.asarray(value) for name, value in training.p.items()})
 
-    return Prepared(outputs, lambda: _training_step(_parameters(a), a["x"], a["y"], s))
+    return prepared(outputs, lambda: _training_step(_parameters(a), a["x"], a["y"], s))
 
 
 def _training_step(params: Inputs, x: Array, y: Array, s: Sizes) -> Callable[[], object]:
@@ -259,20 +292,23 @@ def _training_step(params: Inputs, x: Array, y: Array, s: Sizes) -> Callable[[],
 
 
 def memory(a: Inputs, s: Sizes, variant: str) -> Prepared:
-    return Prepared(dict, lambda: _training_step(weights(s), a["x"], a["y"], s))
+    return prepared(dict, lambda: _training_step(weights(s), a["x"], a["y"], s))
 
 
-def _scorer(a: Inputs, s: Sizes) -> Callable[[Any], Array]:
+def _scorer(a: Inputs, s: Sizes) -> Callable[[Any], Any]:
     arch, bins = s["arch"], s["model"].get("bins", 128)
     params, key = {name: jax.device_put(value) for name, value in _parameters(a).items()}, _key()
     f = jax.jit(lambda p, x: jax.nn.softmax(logits(p, x, arch, bins, 0.0, key)))
-    return lambda x: np.asarray(f(params, x))
+    return lambda x: f(params, x)
 
 
 def infer(a: Inputs, s: Sizes, variant: str) -> Prepared:
     score, x = _scorer(a, s), jax.device_put(a["x"])
-    return same(lambda: score(x), "p")
+    if _waits:
+        return same(lambda: np.asarray(score(x)), "p")
+    return prepared(lambda: {"p": np.asarray(score(x))}, lambda: lambda: score(x))
 
 
 def label(a: Inputs, s: Sizes, variant: str) -> Prepared:
-    return label_with(_scorer(a, s), a, s)
+    score = _scorer(a, s)
+    return label_with(lambda x: np.asarray(score(x)), a, s)

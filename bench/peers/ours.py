@@ -1,6 +1,10 @@
-"""npser itself. The variant is the rung of `kernels` that computes: "cpu" is timed, "reference" is the truth."""
+"""npser itself. The variant is the rung of `kernels` that computes: "cpu" or "cuda" is timed, "reference" the truth.
+
+On a GPU the operands are there before the clock runs, results stay there, and nothing waits but the clock.
+"""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,9 +22,13 @@ from bench.workloads import (
     LR,
     MOMENTUM,
     SEED,
+    trained,
     utterances,
 )
 from kernels.reference import Array
+
+NOT_WITH = {"cuda": ("stft", "label", "memory")}
+"""Recordings become frames on the cpu."""
 
 
 def same(call: Callable[[], Any], *names: str) -> Prepared:
@@ -34,8 +42,32 @@ def same(call: Callable[[], Any], *names: str) -> Prepared:
     return Prepared(outputs, lambda: call)
 
 
+def use_gpu(tf32: bool) -> None:
+    kernels.rung("cuda").settings.precision = "tf32" if tf32 else "float32"
+
+
+def there(a: Inputs, variant: str) -> Any:
+    """The operands where the rung wants them."""
+    return {name: kernels.arrays(kernels.rung(variant)).asarray(value) for name, value in a.items()}
+
+
+def computed(call: Callable[[], Any], variant: str, *names: str) -> Prepared:
+    """`same` for an operation of a rung."""
+    prepared = same(call, *names)
+    if variant != "cuda":
+        return prepared
+    arrays = kernels.arrays(kernels.rung(variant))
+    on_host = {True: arrays.asnumpy, False: np.asarray}
+
+    def outputs() -> Inputs:
+        results: dict[str, Any] = dict(prepared.outputs())
+        return {name: np.atleast_1d(on_host[hasattr(value, "memory")](value)) for name, value in results.items()}
+
+    return Prepared(outputs, prepared.begin, _by_events())
+
+
 def conv_block(a: Inputs, s: Sizes, variant: str) -> Prepared:
-    k = kernels.rung(variant)
+    k, a = kernels.rung(variant), there(a, variant)
 
     def run() -> Any:
         y, argmax = k.conv_relu_pool_forward(a["x"], a["w"], a["b"])
@@ -44,11 +76,11 @@ def conv_block(a: Inputs, s: Sizes, variant: str) -> Prepared:
         dx, dw, db = k.conv_relu_pool_backward(a["dy"], argmax, a["x"], a["w"], s["need_dx"])
         return y, dx, dw, db
 
-    return same(run, "y", "dx", "dw", "db")
+    return computed(run, variant, "y", "dx", "dw", "db")
 
 
 def conv3x3(a: Inputs, s: Sizes, variant: str) -> Prepared:
-    k = kernels.rung(variant)
+    k, a = kernels.rung(variant), there(a, variant)
 
     def run() -> Any:
         y = k.conv3x3_forward(a["x"], a["w"], a["b"])
@@ -56,61 +88,61 @@ def conv3x3(a: Inputs, s: Sizes, variant: str) -> Prepared:
             return y, None, None, None
         return (y, *k.conv3x3_backward(a["dy"], a["x"], a["w"]))
 
-    return same(run, "y", "dx", "dw", "db")
+    return computed(run, variant, "y", "dx", "dw", "db")
 
 
 def maxpool(a: Inputs, s: Sizes, variant: str) -> Prepared:
-    k = kernels.rung(variant)
+    k, a = kernels.rung(variant), there(a, variant)
 
     def run() -> Any:
         y, argmax = k.maxpool2x2_forward(a["x"])
         return y, k.maxpool2x2_backward(a["dy"], argmax, a["x"].shape)
 
-    return same(run, "y", "dx")
+    return computed(run, variant, "y", "dx")
 
 
 def relu(a: Inputs, s: Sizes, variant: str) -> Prepared:
-    k = kernels.rung(variant)
+    k, a = kernels.rung(variant), there(a, variant)
 
     def run() -> Any:
         y = k.relu_forward(a["x"])
         return y, k.relu_backward(a["dy"], y)
 
-    return same(run, "y", "dx")
+    return computed(run, variant, "y", "dx")
 
 
 def dense_forward(a: Inputs, s: Sizes, variant: str) -> Prepared:
-    k = kernels.rung(variant)
-    return same(lambda: k.dense_forward(a["x"], a["w"], a["b"]), "y")
+    k, a = kernels.rung(variant), there(a, variant)
+    return computed(lambda: k.dense_forward(a["x"], a["w"], a["b"]), variant, "y")
 
 
 def dense_backward_input(a: Inputs, s: Sizes, variant: str) -> Prepared:
-    k = kernels.rung(variant)
-    return same(lambda: k.dense_backward_input(a["dy"], a["w"]), "dx")
+    k, a = kernels.rung(variant), there(a, variant)
+    return computed(lambda: k.dense_backward_input(a["dy"], a["w"]), variant, "dx")
 
 
 def dense_update(a: Inputs, s: Sizes, variant: str) -> Prepared:
-    k = kernels.rung(variant)
+    k, a = kernels.rung(variant), there(a, variant)
 
     def run() -> Any:
         k.dense_update_weights(a["x"], a["dy"], a["w"], a["v"], LR, MOMENTUM)
         return a["w"], a["v"]
 
-    return same(run, "w", "v")
+    return computed(run, variant, "w", "v")
 
 
 def sgd(a: Inputs, s: Sizes, variant: str) -> Prepared:
-    k = kernels.rung(variant)
+    k, a = kernels.rung(variant), there(a, variant)
 
     def run() -> Any:
         k.sgd_update(a["x"], a["v"], a["dy"], LR, MOMENTUM)
         return a["x"], a["v"]
 
-    return same(run, "w", "v")
+    return computed(run, variant, "w", "v")
 
 
 def lstm(a: Inputs, s: Sizes, variant: str) -> Prepared:
-    k = kernels.rung(variant)
+    k, a = kernels.rung(variant), there(a, variant)
     B, T, I, H = (s[letter] for letter in "BTIH")
     rows = a["x"].reshape(B * T, I)
 
@@ -121,23 +153,19 @@ def lstm(a: Inputs, s: Sizes, variant: str) -> Prepared:
             return h, None, None, None, None
         dz = k.lstm_backward(a["dh"], gates, c, a["wh"]).reshape(B * T, 4 * H)
         dx = k.dense_backward_input(dz, a["wx"]).reshape(B, T, I)
-        h_before = np.zeros_like(h)
-        h_before[:, 1:] = h[:, :-1]
-        dwx, dwh = k.dense_backward_weights(rows, dz), k.dense_backward_weights(h_before.reshape(B * T, H), dz)
+        before = kernels.arrays(k).step_before(h).reshape(B * T, H)
+        dwx, dwh = k.dense_backward_weights(rows, dz), k.dense_backward_weights(before, dz)
         return h, dx, dwx, dwh, k.dense_backward_bias(dz)
 
-    return same(run, "h", "dx", "dwx", "dwh", "db")
+    return computed(run, variant, "h", "dx", "dwx", "dwh", "db")
 
 
 def dropout(a: Inputs, s: Sizes, variant: str) -> Prepared:
-    k = kernels.rung(variant)
-    key = k.dropout_key(SEED, 1, 0)
+    k, a = kernels.rung(variant), there(a, variant)
+    x, key = kernels.arrays(k).asnumpy(a["x"]), k.dropout_key(SEED, 1, 0)
 
-    def run() -> Array:
-        y: Array = k.dropout(a["x"], DROPOUT, key)
-        return y
-
-    return Prepared(lambda: dropout_facts(a["x"], run()), lambda: run)
+    prepared = computed(lambda: k.dropout(a["x"], DROPOUT, key), variant, "y")
+    return replace(prepared, outputs=lambda: dropout_facts(x, prepared.outputs()["y"]))
 
 
 def dropout_facts(x: Array, y: Array) -> Inputs:
@@ -147,20 +175,20 @@ def dropout_facts(x: Array, y: Array) -> Inputs:
 
 
 def cross_entropy(a: Inputs, s: Sizes, variant: str) -> Prepared:
-    k = kernels.rung(variant)
+    k, a = kernels.rung(variant), there(a, variant)
 
     def run() -> Any:
         loss, p = k.cross_entropy_forward(a["x"], a["y"])
-        return np.array([loss]), k.cross_entropy_backward(p, a["y"])
+        return np.array([loss]) if variant != "cuda" else loss, k.cross_entropy_backward(p, a["y"])
 
-    return same(run, "loss", "dx")
+    return computed(run, variant, "loss", "dx")
 
 
 def stft(a: Inputs, s: Sizes, variant: str) -> Prepared:
     from npser.features import FRAME, HOP
 
-    k = kernels.rung(variant)
-    return same(lambda: k.stft_magnitude_forward(a["x"], FRAME, HOP)[0], "magnitude")
+    k, a = kernels.rung(variant), there(a, variant)
+    return computed(lambda: k.stft_magnitude_forward(a["x"], FRAME, HOP)[0], variant, "magnitude")
 
 
 # --- whole networks ----------------------------------------------------------------------------------------------
@@ -170,7 +198,9 @@ def network(s: Sizes, variant: str, dropout_rate: float = DROPOUT) -> Any:
     """A network with the weights that `bench.workloads.weights` gives to the others."""
     from npser.models import build_model
 
-    return build_model(s["arch"], backend=variant, seed=SEED, dropout=dropout_rate, **s["model"])
+    model = build_model(s["arch"], backend=variant, seed=SEED, dropout=dropout_rate, **s["model"])
+    model.set_params(trained(s))
+    return model
 
 
 def train(a: Inputs, s: Sizes, variant: str) -> Prepared:
@@ -182,7 +212,14 @@ def train(a: Inputs, s: Sizes, variant: str) -> Prepared:
         losses = [model.train_step(x, y, sgd) for _ in range(CHECK_STEPS)]
         return training_facts(a, losses, model.params)
 
-    return Prepared(outputs, lambda: training_step(a["x"], a["y"], s, variant))
+    begin = lambda: training_step(a["x"], a["y"], s, variant)  # noqa: E731
+    return Prepared(outputs, begin) if variant != "cuda" else Prepared(outputs, begin, _by_events())
+
+
+def _by_events() -> Callable[[Callable[[], object], int], float]:
+    from bench.gpu import by_events
+
+    return by_events
 
 
 def training_facts(a: Inputs, losses: list[float], params: Inputs) -> Inputs:
@@ -195,7 +232,10 @@ def training_step(x: Array, y: Array, s: Sizes, variant: str) -> Callable[[], ob
     from npser.optim import SGD
 
     model, sgd = network(s, variant), SGD(LR, MOMENTUM, DECAY)
-    return lambda: model.train_step(x, y, sgd)
+    if variant != "cuda":
+        return lambda: model.train_step(x, y, sgd)
+    windows, targets = model.arrays.asarray(x), model.arrays.asarray(y)
+    return lambda: model.train_batch(windows, targets, sgd)  # as in training: no look at the loss
 
 
 def memory(a: Inputs, s: Sizes, variant: str) -> Prepared:
@@ -204,6 +244,9 @@ def memory(a: Inputs, s: Sizes, variant: str) -> Prepared:
 
 def infer(a: Inputs, s: Sizes, variant: str) -> Prepared:
     model, x, B = network(s, variant), a["x"], s["B"]
+    if variant == "cuda":
+        windows = model.arrays.asarray(x)
+        return computed(lambda: model.k.softmax(model.layers.forward(windows, None)), variant, "p")
     if variant == "cpu":
         return same(lambda: model.predict_proba(x, batch_size=B), "p")
     return same(lambda: np.resize(model.predict_proba(x[:DISTINCT]), (B, model.settings["classes"])), "p")

@@ -13,10 +13,12 @@ from torch import nn
 from npser.models import WINDOW_HOP, WINDOWS
 
 
-def lstm(inputs: int, hidden: int) -> Any:
-    layer = nn.LSTM(inputs, hidden, batch_first=True)
-    nn.init.zeros_(layer.bias_hh_l0).requires_grad_(False)
-    return layer
+def lstm(inputs: int, hidden: int, layers: int = 1) -> Any:
+    """Layers on top of each other are one module, which cuDNN takes as a whole."""
+    stack = nn.LSTM(inputs, hidden, num_layers=layers, batch_first=True)
+    for n in range(layers):
+        nn.init.zeros_(getattr(stack, f"bias_hh_l{n}")).requires_grad_(False)
+    return stack
 
 
 class Twin(nn.Module):
@@ -41,9 +43,7 @@ class Twin(nn.Module):
         if arch == "cnn":
             self.dense1 = nn.Linear(features, H)
         else:
-            self.lstm1, self.lstm2 = lstm(bins if arch == "lstm" else features, H), lstm(H, H)
-        if arch == "lstm":
-            self.lstm3 = lstm(H, H)
+            self.recurrent = lstm(bins, H, 3) if arch == "lstm" else lstm(features, H, 2)
         self.out = nn.Linear(H, classes)
 
     def dropout(self, x: Any) -> Any:
@@ -62,19 +62,17 @@ class Twin(nn.Module):
         if self.arch == "tdcnn":
             windows = torch.stack([x[:, WINDOW_HOP * i :][:, : self.bins] for i in range(WINDOWS)], dim=1)
             x = self.images(windows.flatten(0, 1)).unflatten(0, (len(x), WINDOWS))
-        x = self.lstm2(self.lstm1(x)[0])[0]
-        if self.arch == "lstm":
-            x = self.lstm3(x)[0]
-        return self.out(x[:, -1])
+        return self.out(self.recurrent(x)[0][:, -1])
 
     def pairs(self) -> dict[str, tuple[Any, tuple[int, ...]]]:
         """Our name -> (PyTorch's parameter, the order of our axes in it)."""
         found: dict[str, tuple[Any, tuple[int, ...]]] = {}
         for name, layer in self.named_children():
             if isinstance(layer, nn.LSTM):
-                found[f"{name}.wx"] = layer.weight_ih_l0, (1, 0)
-                found[f"{name}.wh"] = layer.weight_hh_l0, (1, 0)
-                found[f"{name}.b"] = layer.bias_ih_l0, (0,)
+                for n in range(layer.num_layers):
+                    found[f"lstm{n + 1}.wx"] = getattr(layer, f"weight_ih_l{n}"), (1, 0)
+                    found[f"lstm{n + 1}.wh"] = getattr(layer, f"weight_hh_l{n}"), (1, 0)
+                    found[f"lstm{n + 1}.b"] = getattr(layer, f"bias_ih_l{n}"), (0,)
             else:
                 found[f"{name}.w"] = layer.weight, (3, 2, 0, 1) if isinstance(layer, nn.Conv2d) else (1, 0)
                 found[f"{name}.b"] = layer.bias, (0,)
@@ -89,4 +87,4 @@ class Twin(nn.Module):
 
 def in_our_order(tensor: Any, axes: tuple[int, ...]) -> Any:
     """A parameter, or its gradient, with the axes that ours has: a NumPy array."""
-    return tensor.detach().permute([axes.index(i) for i in range(len(axes))]).numpy()
+    return tensor.detach().permute([axes.index(i) for i in range(len(axes))]).cpu().numpy()
