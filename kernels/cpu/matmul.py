@@ -37,6 +37,7 @@ ROW_DEPTH = 256  # of a block whose rows are read where they lie
 FEW_DEPTH = 8  # rows of b that at most meet a few rows of a at once
 FEW_CHUNK = 2048  # columns of b that a task reads of every row
 GROUP = 8 * ROWS  # rows of a task where the rows are those of a layer's weights
+UPDATE_TILES = 8  # tiles of weights below each other that a task updates
 
 
 # --- tiles -------------------------------------------------------------------------------------------------------
@@ -133,17 +134,15 @@ def _pack_transposed_rows(a: Array, packed: Array) -> None:
     """packed (M/ROWS, K, ROWS) from a^T, where a is (K, M); GROUP numbers of a row of a at a time."""
     K, M = a.shape
     for task in nb.prange(-(-M // GROUP)):
-        first, last = task * GROUP, min(M, task * GROUP + GROUP)
+        first, last = task * GROUP // ROWS, min(packed.shape[0], (task + 1) * GROUP // ROWS)
         for i in range(K):
-            for m in range(first, last):
-                packed[m // ROWS, i, m % ROWS] = a[i, m]
-            for m in range(last, round_up_rows(last)):
-                packed[m // ROWS, i, m % ROWS] = 0
-
-
-@compiled
-def round_up_rows(m: int) -> int:
-    return (m + ROWS - 1) // ROWS * ROWS
+            for tile in range(first, last):
+                if tile * ROWS + ROWS <= M:  # a loop of constant length: vectors
+                    for r in range(ROWS):
+                        packed[tile, i, r] = a[i, tile * ROWS + r]
+                else:
+                    for r in range(ROWS):
+                        packed[tile, i, r] = a[i, tile * ROWS + r] if tile * ROWS + r < M else np.float32(0)
 
 
 def _packed_rows(a: Array) -> Array:
@@ -382,27 +381,31 @@ def _update(a: Array, b: Array, w: Array, velocity: Array, edges: Array, factors
     M, N = w.shape
     K = a.shape[1]
     rate, keep = factors[0], factors[1]
-    for tile in nb.prange(a.shape[0]):
+    together = max(1, min(4, K // 32))  # tiles below each other: the deeper the sum, the more a panel's way costs
+    for task in nb.prange(-(-a.shape[0] // together)):
         edge = edges[thread_id()]
-        m = tile * ROWS
-        for panel in range(b.shape[0]):
+        first, last = task * together, min(a.shape[0], task * together + together)
+        for panel in range(b.shape[0]):  # it serves these tiles while it is in the first-level cache
             n = panel * COLUMNS
-            at_a, at_b = a.ctypes.data + 4 * tile * K * ROWS, b.ctypes.data + 4 * panel * K * COLUMNS
-            if m + ROWS <= M and n + COLUMNS <= N:
-                at = 4 * (m * N + n)
-                update_product(
-                    at_a, at_b, K, w.ctypes.data + at, velocity.ctypes.data + at, N,
-                    factors.ctypes.data, factors.ctypes.data + 4,
-                )  # fmt: skip
-            else:
-                for r in range(ROWS):
-                    for x in range(COLUMNS):
-                        edge[r, x] = 0
-                add_product(at_a, at_b, K, edge.ctypes.data, COLUMNS, edge.ctypes.data, COLUMNS)
-                for r in range(min(ROWS, M - m)):
-                    for x in range(min(COLUMNS, N - n)):
-                        velocity[m + r, n + x] = keep * velocity[m + r, n + x] - rate * edge[r, x]
-                        w[m + r, n + x] += velocity[m + r, n + x]
+            at_b = b.ctypes.data + 4 * panel * K * COLUMNS
+            for tile in range(first, last):
+                m = tile * ROWS
+                at_a = a.ctypes.data + 4 * tile * K * ROWS
+                if m + ROWS <= M and n + COLUMNS <= N:
+                    at = 4 * (m * N + n)
+                    update_product(
+                        at_a, at_b, K, w.ctypes.data + at, velocity.ctypes.data + at, N,
+                        factors.ctypes.data, factors.ctypes.data + 4,
+                    )  # fmt: skip
+                else:
+                    for r in range(ROWS):
+                        for x in range(COLUMNS):
+                            edge[r, x] = 0
+                    add_product(at_a, at_b, K, edge.ctypes.data, COLUMNS, edge.ctypes.data, COLUMNS)
+                    for r in range(min(ROWS, M - m)):
+                        for x in range(min(COLUMNS, N - n)):
+                            velocity[m + r, n + x] = keep * velocity[m + r, n + x] - rate * edge[r, x]
+                            w[m + r, n + x] += velocity[m + r, n + x]
 
 
 def matmul_update(a: Array, b: Array, w: Array, velocity: Array, lr: float, momentum: float) -> None:
