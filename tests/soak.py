@@ -51,7 +51,7 @@ def main() -> int:
             time.sleep(options.every)
         status = run.poll()
         if status is None:
-            run.send_signal(signal.SIGINT)
+            run.send_signal(signal.SIGTERM)  # SIGINT is ignored below a shell's background job
             run.wait()
     print(f"{' '.join(command[1:])}: {samples} samples in {(time.monotonic() - started) / options.hour:.2f} h")
     for hour, peak in enumerate(peaks):

@@ -9,15 +9,14 @@ copied once to *panels* that hold the numbers in the order of their use, padded 
 loop over odd sizes is left. A panel of B stays in the first-level cache, a block of A in the second. Every task owns a
 block of the result and sums over k in one fixed order: the result does not depend on the number of threads.
 
-    matmul              a b        a packed whole, b block by block on its way through the cache; of up to four rows,
+    matmul              a b        a packed whole, b block by block on its way through the cache; of up to eight rows,
                                    b is read as it lies
     matmul_transposed   a b^T      the larger operand is read where it lies, row by row; the smaller is packed
     matmul_update       a b        both packed; each tile of the product is an SGD step of the tile of w under it
 
 Floor: 2*M*K*N operations. The weights of a layer pass through memory once: 4 bytes each, 16 where an update reads and
-writes them and their velocities. `matmul_transposed` and `matmul_update` ask for them ahead of their use, behind the
-arithmetic; `matmul` fetches a block, then multiplies it, so that its two floors add up but for what the other threads
-do meanwhile.
+writes them and their velocities. All three ask for them ahead of their use, in small portions between the
+multiplications: a core has few places for cache lines on their way, and waits when they are taken.
 """
 
 from typing import Any
@@ -35,7 +34,8 @@ BLOCK = 256  # rows and columns of a cache block; COLUMNS divides it
 DEPTH = 128  # of a block that is packed on its way
 ROW_DEPTH = 256  # of a block whose rows are read where they lie
 FEW_DEPTH = 8  # rows of b that at most meet a few rows of a at once
-FEW_CHUNK = 2048  # columns of b that a task reads of every row
+APART = 2 * LANES  # floats between rows that would share cache sets, at a multiple of 4 KB
+FEW_CHUNK = 1024  # columns of b that a task reads of every row
 GROUP = 8 * ROWS  # rows of a task where the rows are those of a layer's weights
 UPDATE_TILES = 8  # tiles of weights below each other that a task updates
 
@@ -44,13 +44,13 @@ UPDATE_TILES = 8  # tiles of weights below each other that a task updates
 
 
 def _accumulate(
-    k: Emitter, acc: list[list[Any]], a: Ptr, a_row: Int | int, a_next: Int | int, b: Ptr, depth: Int
+    k: Emitter, acc: list[list[Any]], a: Ptr, a_row: Int | int, a_next: Int | int, b: Ptr, depth: Int | int
 ) -> None:
     """Add to ROWS x VECS accumulators the sum over `depth` of a column of a times a row of the panel b.
 
     a_row leads from row to row of a, a_next from column to column.
     """
-    for i in k.range(depth):
+    for i in range(depth) if isinstance(depth, int) else k.range(depth):
         bs = [k.load(b + i * COLUMNS + LANES * v) for v in range(VECS)]
         for r in range(ROWS):
             x = k.splat(a + i * a_next + a_row * r)
@@ -77,6 +77,25 @@ def add_product(k: Emitter, a: Ptr, b: Ptr, depth: Int, before: Ptr, before_row:
 
 
 @kernel
+def add_product_asking(
+    k: Emitter, a: Ptr, b: Ptr, depth: Int, before: Ptr, before_row: Int, c: Ptr, c_row: Int,
+    ahead: Ptr, ahead_row: Int, rows: Int,
+) -> None:  # fmt: skip
+    """`add_product` that asks for `rows` rows of 256 numbers meanwhile: a line of each after every 8 multiplications.
+
+    Asked for at once, they would fill the few places for lines on their way, and the arithmetic would wait.
+    """
+    acc = _tile(k, before, before_row)
+    for i in k.range(depth // 8):
+        for r in k.range(rows):
+            k.prefetch(ahead + ahead_row * r + i * LANES, level=2)
+        _accumulate(k, acc, a + i * (8 * ROWS), 1, ROWS, b + i * (8 * COLUMNS), 8)
+    done = depth // 8 * 8
+    _accumulate(k, acc, a + done * ROWS, 1, ROWS, b + done * COLUMNS, depth - done)
+    _store(k, c, c_row, acc)
+
+
+@kernel
 def add_product_of_rows(
     k: Emitter, a: Ptr, a_row: Int, b: Ptr, depth: Int, before: Ptr, before_row: Int, c: Ptr, c_row: Int
 ) -> None:
@@ -87,19 +106,37 @@ def add_product_of_rows(
 
 
 @kernel
+def add_product_of_rows_asking(
+    k: Emitter, a: Ptr, a_row: Int, b: Ptr, depth: Int, before: Ptr, before_row: Int, c: Ptr, c_row: Int
+) -> None:
+    """`add_product_of_rows` that asks for the numbers to the right of these, ROW_DEPTH away, meanwhile."""
+    acc = _tile(k, before, before_row)
+    for i in k.range(depth // LANES):
+        for r in range(ROWS):
+            k.prefetch(a + a_row * r + i * LANES + ROW_DEPTH, level=2)
+        _accumulate(k, acc, a + i * LANES, a_row, 1, b + i * (LANES * COLUMNS), LANES)
+    done = depth // LANES * LANES
+    _accumulate(k, acc, a + done, a_row, 1, b + done * COLUMNS, depth - done)
+    _store(k, c, c_row, acc)
+
+
+@kernel
 def update_product(
     k: Emitter, a: Ptr, b: Ptr, depth: Int, w: Ptr, velocity: Ptr, w_row: Int, lr: Ptr, momentum: Ptr
 ) -> None:
     """One tile of the gradient a b, applied from registers: velocity = momentum*velocity - lr * a b; w += velocity.
 
-    The tile to its right is asked for meanwhile: it comes next.
+    The tile to its right, which comes next, is asked for meanwhile, a quarter of it before each quarter of the sum.
     """
     places = [w_row * r + LANES * v for r in range(ROWS) for v in range(VECS)]
-    for at in places:
-        k.prefetch(w + at + COLUMNS)
-        k.prefetch(velocity + at + COLUMNS)
     acc = [[k.var(0.0) for _ in range(VECS)] for _ in range(ROWS)]
-    _accumulate(k, acc, a, 1, ROWS, b, depth)
+    quarter = depth // 4
+    for q in range(4):
+        for at in places[q::4]:
+            k.prefetch(w + at + COLUMNS)
+            k.prefetch(velocity + at + COLUMNS)
+        done = quarter * q
+        _accumulate(k, acc, a + done * ROWS, 1, ROWS, b + done * COLUMNS, quarter if q < 3 else depth - done)
     rate, keep = k.splat(lr), k.splat(momentum)
     for at, gradient in zip(places, [acc[r][v] for r in range(ROWS) for v in range(VECS)], strict=True):
         step = keep * k.load(velocity + at) - rate * gradient.get()
@@ -225,21 +262,21 @@ def _multiply(a: Array, b: Array, bias: Array, panels: Array, c: Array) -> None:
         first_tile, n0 = task % row_blocks * tiles_per_block, task // row_blocks * BLOCK
         last_tile, end = min(first_tile + tiles_per_block, tiles), min(n0 + BLOCK, width)
         mine = panels[thread_id()]
-        # Every other thread begins with half a block, so that one computes while its neighbour waits for memory. The
-        # sum goes on where it was, in the same order: not a bit depends on where blocks end.
-        k0, depth = 0, min(K, DEPTH // 2 if thread_id() % 2 else DEPTH)
-        while k0 < max(K, 1):  # an empty sum is the bias
+        steps = (end - n0) // COLUMNS * (last_tile - first_tile)
+        for k0 in range(0, max(K, 1), DEPTH):  # an empty sum is the bias
+            depth = min(DEPTH, K - k0)
             pack_columns(b, k0, n0, depth, N, mine)
+            rows, step = max(0, min(DEPTH, K - k0 - DEPTH)), 0  # of the next block, to be asked for
             for n in range(n0, end, COLUMNS):  # a panel of b stays in the first-level cache
                 for tile in range(first_tile, last_tile):
                     to = c.ctypes.data + 4 * (tile * ROWS * width + n)
                     before, before_row = (to, width) if k0 else (bias.ctypes.data + 4 * n, 0)
-                    add_product(
+                    row, step = step * rows // steps, step + 1
+                    add_product_asking(
                         a.ctypes.data + 4 * (tile * K + k0) * ROWS, mine.ctypes.data + 4 * (n - n0) * DEPTH, depth,
                         before, before_row, to, width,
+                        b.ctypes.data + 4 * ((k0 + DEPTH + row) * N + n0), N, step * rows // steps - row,
                     )  # fmt: skip
-            k0 += max(depth, 1)
-            depth = min(DEPTH, K - k0)
 
 
 def _few_rows_tile(rows: int) -> Any:
@@ -254,6 +291,8 @@ def _few_rows_tile(rows: int) -> Any:
             acc = [k.load(c + c_row * r + v * LANES) for r in range(rows)]
             for i in range(depth):
                 x = k.load(b + b_row * i + v * LANES)
+                if rows >= 4:  # there is something to do while the next rows come
+                    k.prefetch(b + b_row * (depth + i) + v * LANES, level=2)
                 acc = [total + factors[r][i] * x for r, total in enumerate(acc)]
             for r, total in enumerate(acc):
                 k.store(c + c_row * r + v * LANES, total)
@@ -262,16 +301,17 @@ def _few_rows_tile(rows: int) -> Any:
 
 
 def _few_depth(rows: int) -> int:
-    """Half of the registers hold the factors."""
-    return min(FEW_DEPTH, REGISTERS // 2 // rows)
+    """Half of the registers hold the factors; those of eight rows are read again for every vector."""
+    return min(FEW_DEPTH, max(4, REGISTERS // 2 // rows))
 
 
-few_1, few_2, few_4 = (_few_rows_tile(rows) for rows in (1, 2, 4))
+FEW = (1, 2, 4, 8)
+few_1, few_2, few_4, few_8 = (_few_rows_tile(rows) for rows in FEW)
 
 
 @compiled(parallel=True)
 def _multiply_few(a: Array, b: Array, rows: int, step: int, chunk: int, c: Array) -> None:
-    """c (rows, N) += a b, from a (K/FEW_DEPTH, rows, FEW_DEPTH); b (K, N) is read row by row, as it lies in memory."""
+    """c (rows, N + APART) += a b: a (K/FEW_DEPTH, rows, FEW_DEPTH), b (K, N), read row by row, as it lies in memory."""
     K, N = b.shape
     for task in nb.prange(-(-N // chunk)):
         n0 = task * chunk
@@ -281,32 +321,35 @@ def _multiply_few(a: Array, b: Array, rows: int, step: int, chunk: int, c: Array
             at_a = a.ctypes.data + 4 * (k0 // FEW_DEPTH * rows * FEW_DEPTH + k0 % FEW_DEPTH)
             at_b = b.ctypes.data + 4 * (k0 * N + n0)
             if rows == 1:
-                few_1(at_a, at_b, N, vectors, at_c, N)
+                few_1(at_a, at_b, N, vectors, at_c, N + APART)
             elif rows == 2:
-                few_2(at_a, at_b, N, vectors, at_c, N)
+                few_2(at_a, at_b, N, vectors, at_c, N + APART)
+            elif rows == 4:
+                few_4(at_a, at_b, N, vectors, at_c, N + APART)
             else:
-                few_4(at_a, at_b, N, vectors, at_c, N)
+                few_8(at_a, at_b, N, vectors, at_c, N + APART)
 
 
 def _matmul_few(a: Array, b: Array, bias: Array | None) -> Array:
     """`matmul` for a few rows, which wait for b and nothing else: packing it would only take longer."""
     (M, K), N = a.shape, b.shape[1]
-    rows = next(few for few in (1, 2, 4) if few >= M)
+    rows = next(few for few in FEW if few >= M)
     padded = np.zeros((rows, K), np.float32)
     padded[:M] = a
     packed = np.ascontiguousarray(padded.reshape(rows, K // FEW_DEPTH, FEW_DEPTH).transpose(1, 0, 2))
-    c = np.zeros((rows, N), np.float32)
+    c = np.zeros((rows, N + APART), np.float32)
     if bias is not None:
-        c[...] = bias
+        c[:, :N] = bias
     chunk = min(FEW_CHUNK, round_up(-(-N // nb.get_num_threads()), LANES))
     _multiply_few(packed, b, rows, _few_depth(rows), chunk, c)
-    return c[:M]
+    return np.ascontiguousarray(c[:M, :N])
 
 
 def matmul(a: Array, b: Array, bias: Array | None = None) -> Array:
     """a b (+ bias), float32: a (M, K), contiguous or a transposed view, b (K, N) contiguous -> (M, N)."""
     M, N = len(a), b.shape[1]
-    if 1 <= M <= 4 and N % LANES == 0 and len(b) % FEW_DEPTH == 0 and b.size >= 1 << 18:
+    few = 1 <= M <= 4 or (M <= 8 and N >= 4 * FEW_CHUNK)  # shorter rows of b are not worth it
+    if few and N % LANES == 0 and len(b) % FEW_DEPTH == 0 and b.size >= 1 << 18:
         return _matmul_few(a, b, bias)
     c = np.empty((round_up(M, ROWS), round_up(N, COLUMNS)), np.float32)
     start = np.zeros(c.shape[1], np.float32)
@@ -337,13 +380,13 @@ def _multiply_rows(a: Array, panels: Array, transposed: bool, zeros: Array, bloc
             for panel in range(panels.shape[0]):
                 for r in range(0, rows, ROWS):
                     at = a.ctypes.data + 4 * ((m0 + r) * K + k0)
-                    if panel == 0:
-                        ask_for(at + 4 * ROW_DEPTH, K, ROWS, min(ROW_DEPTH, K - k0 - depth) // LANES)
                     to = block.ctypes.data + 4 * (r * width + panel * COLUMNS)
                     before, before_row = (to, width) if k0 else (zeros.ctypes.data, 0)
-                    add_product_of_rows(
-                        at, K, panels.ctypes.data + 4 * (panel * K + k0) * COLUMNS, depth, before, before_row, to, width
-                    )
+                    at_b = panels.ctypes.data + 4 * (panel * K + k0) * COLUMNS
+                    if panel == 0:
+                        add_product_of_rows_asking(at, K, at_b, depth, before, before_row, to, width)
+                    else:
+                        add_product_of_rows(at, K, at_b, depth, before, before_row, to, width)
         if transposed:
             for n in range(N):
                 for r in range(rows):

@@ -104,6 +104,10 @@ class Int(Value):
     def __rshift__(self, other: int) -> "Int":
         return Int(self.k, self.k.b.lshr(self.ir, self._operand(other)))
 
+    def __floordiv__(self, other: int) -> "Int":
+        """For numbers that are not negative."""
+        return Int(self.k, self.k.b.udiv(self.ir, self._operand(other)))
+
 
 P = TypeVar("P", bound="Ptr")
 
@@ -234,11 +238,11 @@ class Emitter:
         vector = value.get() if isinstance(value, Var) else value
         self.b.store(vector.ir, p.at(VEC), align=4)
 
-    def prefetch(self, p: Ptr) -> None:
-        """Ask for the cache line at p ahead of its use; any address is allowed."""
+    def prefetch(self, p: Ptr, level: int = 1) -> None:
+        """Ask for the cache line at p ahead of its use, as near as the cache of this level; any address is allowed."""
         kinds = [ir.PointerType(I8), I32, I32, I32]
         fetch = _function(self.b.module, ir.FunctionType(ir.VoidType(), kinds), "llvm.prefetch.p0")
-        read, keep, data = (ir.Constant(I32, n) for n in (0, 3, 1))
+        read, keep, data = (ir.Constant(I32, n) for n in (0, 4 - level, 1))
         self.b.call(fetch, [p.at(I8), read, keep, data])
 
     def store_float(self, p: Ptr, value: Vec) -> None:
