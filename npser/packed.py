@@ -8,6 +8,7 @@ else is left out, so that every figure of a report can be computed from it again
 
 import json
 import lzma
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from npser.errors import UserError
 from npser.runfolder import VOTES, FoldResult, RunFolder, write_atomically
 
 SUFFIX = ".json.xz"
-_LARGEST = 1 << 28  # bytes that a file may unpack to
+_LARGEST = 1 << 26  # bytes that a file may unpack to
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ Run = RunFolder | PackedRun
 def open_run(path: Path | str) -> Run:
     """The run in a folder or in a packed file; UserError when it is neither or is damaged."""
     path = Path(path)
-    return unpack(path) if path.is_file() else RunFolder.open(path)
+    return unpack(path) if os.path.isfile(path) else RunFolder.open(path)  # which answers for impossible names, too
 
 
 def pack(config: Mapping[str, Any], results: Sequence[FoldResult], path: Path) -> None:

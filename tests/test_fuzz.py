@@ -11,6 +11,7 @@ write only where the case lies. A case is a function of its number.
 import contextlib
 import io
 import json
+import lzma
 import math
 import os
 import random
@@ -371,6 +372,32 @@ class RunFolders:
             compare([(folder.path, folder.config, results), (other.path, other.config, results)]).text()
 
 
+class Packed(RunFolders):
+    """The same in one file, damaged before or after it was compressed."""
+
+    def __init__(self, folder):
+        from npser.packed import pack
+
+        super().__init__(folder)
+        self.path = folder / "run.json.xz"
+        pack(self.config, self.folder.load_folds(), self.path)
+        self.whole = self.path.read_bytes()
+        self.value = json.loads(lzma.decompress(self.whole))
+
+    def __call__(self, rng):
+        from npser.packed import open_run
+        from npser.report import report
+
+        if rng.random() < 0.3:
+            self.path.write_bytes(damaged(self.whole, rng))
+        elif rng.random() < 0.05:  # claims to be large, and is not
+            self.path.write_bytes(lzma.compress(rng.choice((b" ", b"[", b"[0,")) * (1 << 26), preset=0))
+        else:
+            self.path.write_bytes(lzma.compress(altered_text(self.value, rng), preset=0))
+        run = open_run(self.path)
+        report(run.config, run.load_folds()).text().encode("utf-8", "surrogateescape")
+
+
 class Lists:
     """CSV lists of recordings, and EMO-DB's list of listeners."""
 
@@ -583,12 +610,15 @@ class Options:
             sys.stderr, sys.stdout = before
 
 
-KINDS = {kind.__name__: kind for kind in (Audio, Models, Checkpoints, RunFolders, Lists, Names, Caches, Options)}
+KINDS = {
+    kind.__name__: kind for kind in (Audio, Models, Checkpoints, RunFolders, Packed, Lists, Names, Caches, Options)
+}
 SHARES = {
     "Audio": 35,
     "Models": 18,
     "Checkpoints": 8,
-    "RunFolders": 15,
+    "RunFolders": 10,
+    "Packed": 5,
     "Lists": 12,
     "Names": 3,
     "Caches": 3,
