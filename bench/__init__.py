@@ -34,6 +34,7 @@ On a GPU (`--device cuda`; not on Numba's simulator):
 - Columns are npser in float32 and TF32, PyTorch (cuDNN, cuBLAS) eager, channels last, as one CUDA graph and compiled
   with TF32 off, eager and as a graph with TF32 on, and JAX with both. Only `kernels` without the Fourier transform,
   `train` and `infer` of windows are timed; peak memory, utterances and growth are not.
+- `ratio` compares float32 with float32: columns in TF32, ours among them, are for the reader to compare.
 - Operands are on the device before the clock runs, and results stay there. A time is the mean of as many repetitions as
   last 20 ms, by events before the first and behind the last of them; for JAX, which has none, by the clock on the host.
 - The peaks are measured: multiply-adds of registers by a kernel of ours, bytes read and written by a copy.

@@ -253,7 +253,9 @@ class Check:
         self.out.mkdir(parents=True, exist_ok=True)
         self.work = options.work or self.out.with_name(f"{self.out.name}-work")
         self.work.mkdir(parents=True, exist_ok=True)
-        self.environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        # Numba may lie in a folder of its own, on a machine on which nothing can be installed.
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        self.environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
         self.results: Results = {}
         if options.resume:
             self.take_over(options.resume)

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from bench.peers import OURS, REFERENCE, Candidate
+from bench.peers import NO_RIVALS, OURS, REFERENCE, Candidate
 from bench.workloads import Workload
 
 PAUSE = 0.25  # seconds before each turn: OpenMP's idle threads spin for up to 0.2
@@ -103,7 +103,7 @@ class Row:
 
     @property
     def fastest_peer(self) -> str | None:
-        peers = [name for name in self.times if name != OURS.name]
+        peers = [name for name in self.times if name not in NO_RIVALS]
         return min(peers, key=lambda name: median(self.times[name]), default=None)
 
     @property

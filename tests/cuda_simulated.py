@@ -18,12 +18,13 @@ from kernels import host, reference
 from kernels.cuda import allow_simulator, arrays, device, lstm, matmul
 from kernels.reference import DEAD
 from npser import inference
-from npser.errors import RunFailed
+from npser.errors import RunFailed, UserError
 from npser.features import Standardisation, WindowSet
 from npser.models import build_model, load_model
 from npser.optim import SGD
 from npser.predict import Input, segments
 from npser.progress import Progress
+from npser.train import main as train
 from npser.trainer import Checkpoint, Task, evaluate, fit, train_epochs
 
 assert device.SIMULATED, "run with NUMBA_ENABLE_CUDASIM=1"
@@ -74,7 +75,8 @@ def agree(name, *operands, module=reference, rung=cuda, **options):
 
 def test_same_operations_and_arguments():
     """All but the short-time Fourier transform, which is said to be missing."""
-    beside = {"PRECISIONS", "allow_simulator", "device_name", "require", "settings", "synchronise"}
+    beside = {"PRECISIONS", "allow_simulator", "cache_is_cold", "device_name", "keeps_kernels", "require", "settings"}
+    beside |= {"synchronise"}
     ours = {name: getattr(cuda, name) for name in cuda.__all__ if name not in beside}
     from kernels import cpu
 
@@ -454,6 +456,23 @@ def test_divergence_is_found_when_the_tally_is_read():
     progress.begin_fold("", 10)
     with pytest.raises(RunFailed, match="diverged"):
         list(train_epochs(model, SGD(), task, progress))
+
+
+def test_too_small_a_gpu_ends_the_command_in_one_line(monkeypatch, tmp_path, tones):
+    """python -m npser.train and python -m npser.predict, on a device that refuses to give memory."""
+
+    def refuse(*arguments, **options):
+        raise MemoryError("CUDA_ERROR_OUT_OF_MEMORY")
+
+    build_model("lstm", hidden=2, classes=2).save(tmp_path / "m.npz")
+    monkeypatch.setattr(device, "_pool", {})
+    monkeypatch.setattr(device.cuda, "device_array", refuse)
+    options = ["--backend", "cuda", "--threads", "1"]
+    line = r"^(--)?backend cuda: the GPU's memory does not suffice \([0-9]+ MB more were asked for\): [^\n]+$"
+    with pytest.raises(UserError, match=line):
+        train(["--arch", "lstm", "--data", str(tones), "--folds", "2", "--out", str(tmp_path / "run"), *options])
+    with pytest.raises(UserError, match=line):
+        load_model(tmp_path / "m.npz", backend="cuda")
 
 
 # --- bench on a device ----------------------------------------------------------------------------------------------

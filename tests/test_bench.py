@@ -309,6 +309,8 @@ def test_ratio_is_of_medians_and_its_spread_of_rounds():
     row.times = {"npser": [1.0, 2.0, 4.0], "torch": [6.0, 6.0, 6.0], "jax": [5.0, 8.0, 7.0]}
     assert row.fastest_peer == "torch"
     assert row.ratio == (3.0, (1.5 + 3) / 2, (3 + 6) / 2)
+    row.times |= {"npser-tf32": [0.1] * 3, "torch-tf32": [0.1] * 3, "graph-tf32": [0.1] * 3, "jax-tf32": [0.1] * 3}
+    assert row.fastest_peer == "torch"  # of those that compute in float32
     row.times.pop("npser")
     assert row.ratio is None
     assert race.quartiles([2.0]) == (2.0, 2.0)

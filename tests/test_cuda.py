@@ -14,6 +14,7 @@ import types
 import numpy as np
 import pytest
 from conftest import ROOT, run_module
+from ptx_machine import ptx_of
 
 import kernels
 
@@ -45,7 +46,7 @@ def compiled():
     results = {}
     for name, kernel in device.KERNELS.items():
         for capability in CAPABILITIES:
-            ptx = kernel.ptx(capability)
+            ptx = ptx_of(kernel, capability)
             _, log = launching.assemble(ptx, capability)
             registers = max(map(int, re.findall(r"Used (\d+) registers", log)))
             # From 9.0 on, the system keeps 1 KB of a block's shared memory for itself, where there is any.
@@ -182,9 +183,41 @@ def test_compiled_kernels_are_kept(tmp_path, monkeypatch):
     assert first[0][:4] == b"\x7fELF"
     assert first[1].encode() in first[0]
     (path,) = tmp_path.rglob("*.cubin")
-    path.write_bytes(b"")  # an empty file is none
-    assert launching.kept("sgd", (8, 0), "versions", ptx)[0][:4] == b"\x7fELF"
-    assert len(calls) == 2
+    whole = path.read_bytes()
+    for times, damaged in enumerate((b"", whole[:-1], whole[:-1] + b"?", whole.replace(b"\x7fELF", b"?ELF")), 2):
+        path.write_bytes(damaged)
+        again = launching.kept("sgd", (8, 0), "versions", ptx)
+        assert len(calls) == times
+        assert again[0][:4] == b"\x7fELF"
+        assert launching.kept("sgd", (8, 0), "versions", ptx) == again  # and kept once more
+        assert len(calls) == times
+    launching._folder.cache_clear()
+
+
+@needs_numba_cuda
+def test_compilation_is_announced_where_it_will_happen(tmp_path, monkeypatch):
+    from kernels.cuda import device, launching
+    from npser import train
+
+    said = []
+    progress = types.SimpleNamespace(say=said.append)
+    monkeypatch.setattr(kernels, "rung", lambda name: sys.modules[f"kernels.{name}"])
+    monkeypatch.setattr(device, "_capability", lambda: (9, 0))
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    launching._folder.cache_clear()
+    monkeypatch.setattr(device, "DIRECT", False)
+    train._warn_of_compilation("cuda", progress)
+    monkeypatch.setattr(device, "DIRECT", True)
+    train._warn_of_compilation("cuda", progress)
+    assert said[0] == "compiling kernels (at every start) ..."
+    assert said[1:] == ["compiling kernels (once; they are kept for the next start) ..."]
+    folder = launching._folder(device._versions())
+    (folder / "relu-80.cubin").touch()  # of another GPU
+    train._warn_of_compilation("cuda", progress)
+    assert said[2:] == said[1:2]
+    (folder / "relu-90.cubin").touch()
+    train._warn_of_compilation("cuda", progress)
+    assert len(said) == 3
     launching._folder.cache_clear()
 
 
@@ -213,6 +246,53 @@ def test_too_little_memory_is_one_line(monkeypatch, error, line):
     if line:
         message = "the GPU's memory does not suffice (4 MB more were asked for): use smaller batches, or the cpu"
         assert str(raised.value) == message
+
+
+@needs_numba_cuda
+def test_a_kernel_that_the_driver_does_not_take_is_one_line():
+    driver = pytest.importorskip("cuda.bindings.driver", reason="the driver's bindings are not installed")
+    from kernels.cuda.launching import Loaded
+
+    loaded = Loaded.__new__(Loaded)
+    loaded.driver, loaded.name = driver, "relu"
+    with pytest.raises(kernels.Unavailable, match=r"^the GPU's memory does not suffice for the kernel relu"):
+        loaded._done((driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY, None))
+    with pytest.raises(kernels.Unavailable, match=r"too old for the installed numba-cuda \(CUDA_ERROR_INVALID_IMAGE\)"):
+        loaded._done((driver.CUresult.CUDA_ERROR_INVALID_IMAGE, None))
+    with pytest.raises(RuntimeError, match="the CUDA driver refuses the kernel relu: CUDA_ERROR_INVALID_VALUE"):
+        loaded._done((driver.CUresult.CUDA_ERROR_INVALID_VALUE,))
+    assert loaded._done((driver.CUresult.CUDA_SUCCESS, 5)) == 5
+
+
+@needs_numba_cuda
+def test_a_gpu_that_has_no_room_for_this_program_is_one_line(monkeypatch):
+    """Other programs have all its memory, or it is theirs alone: the driver makes no context."""
+    from kernels.cuda import device
+
+    def refuse():
+        raise RuntimeError("CUDA_ERROR_OUT_OF_MEMORY: The call failed.\nOr something like that. And more.")
+
+    device._capability.cache_clear()
+    there = types.SimpleNamespace(is_available=lambda: True, get_current_device=refuse)
+    monkeypatch.setattr(device, "cuda", there)
+    line = r"^the GPU refuses to work for this program \(CUDA_ERROR_OUT_OF_MEMORY: The call failed\): use the cpu$"
+    with pytest.raises(kernels.Unavailable, match=line):
+        device.require()
+    old = types.SimpleNamespace(compute_capability=(7, 5))
+    there.get_current_device = lambda: old
+    with pytest.raises(kernels.Unavailable, match=r"below 8\.0"):
+        device.require()
+    device._capability.cache_clear()
+
+
+@needs_numba_cuda
+def test_a_driver_without_a_compiler_is_one_line(monkeypatch):
+    from kernels.cuda import device
+
+    without = types.SimpleNamespace(is_available=lambda: False, cuda_error=lambda: None)
+    monkeypatch.setattr(device, "cuda", without)
+    with pytest.raises(kernels.Unavailable, match=r"^no CUDA GPU can be used here \(NVVM is missing, [^\n]+$"):
+        device.require()
 
 
 @needs_numba_cuda
@@ -349,6 +429,14 @@ def test_the_check_of_a_gpu_tries_itself(tmp_path, tones):
         assert all(path.is_file() for path in out.iterdir())
         assert {path.name for path in out.iterdir()} == {"gpu_check.json", "log.txt", "lstm.tar.gz"}
     assert "launching" not in result.stdout  # the second call found it done
+
+
+def test_the_check_finds_packages_where_it_found_them_itself(tmp_path, monkeypatch):
+    from bench import gpu_check
+
+    monkeypatch.setenv("PYTHONPATH", "carried")
+    check = gpu_check.Check(gpu_check.parser().parse_args(["--out", str(tmp_path / "out")]))
+    assert check.environment["PYTHONPATH"] == os.pathsep.join([str(ROOT), "carried"])
 
 
 @needs_numba_cuda

@@ -102,6 +102,8 @@ CUDA_CANDIDATES = (
     CUDA_OURS, CUDA_OURS_TF32, CUDA_TORCH, CUDA_NHWC, CUDA_GRAPH, CUDA_COMPILE, CUDA_TORCH_TF32, CUDA_GRAPH_TF32,
     CUDA_JAX, CUDA_JAX_TF32,
 )  # fmt: skip
+NO_RIVALS = frozenset(c.name for c in (*CANDIDATES, *CUDA_CANDIDATES) if c.module == "ours" or c.tf32)
+"""Whom `ratio` leaves out: ourselves, and those that compute with fewer bits than our float32."""
 ON_DEVICE = {"cpu": CANDIDATES, "cuda": CUDA_CANDIDATES}
 
 

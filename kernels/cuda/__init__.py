@@ -59,13 +59,23 @@ from kernels.cuda.dense import (
     dense_update_weights,
     sgd_update,
 )
-from kernels.cuda.device import PRECISIONS, allow_simulator, device_name, require, settings, synchronise
+from kernels.cuda.device import (
+    PRECISIONS,
+    allow_simulator,
+    cache_is_cold,
+    device_name,
+    keeps_kernels,
+    require,
+    settings,
+    synchronise,
+)
 from kernels.cuda.elementwise import cross_entropy_backward, cross_entropy_forward, dropout, dropout_key, softmax
 from kernels.cuda.lstm import lstm_backward, lstm_forward
 
 __all__ = [
     "PRECISIONS",
     "allow_simulator",
+    "cache_is_cold",
     "conv3x3_backward",
     "conv3x3_forward",
     "conv_relu_pool_backward",
@@ -80,6 +90,7 @@ __all__ = [
     "device_name",
     "dropout",
     "dropout_key",
+    "keeps_kernels",
     "lstm_backward",
     "lstm_forward",
     "maxpool2x2_backward",

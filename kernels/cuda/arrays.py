@@ -211,7 +211,7 @@ def take_rows(z: Array, place: Array) -> Array:
     (D, width), (B, T) = z.shape, place.shape
     check(z=(z, (D, width), np.float32), place=(place, (B, T), np.int32))
     out = empty((B, T, width))
-    _take_rows(blocks_for(out.size), z.flat, place.flat, out.flat, out.size, width)
+    _take_rows(blocks_for(out.size), z, place, out, out.size, width)
     return out
 
 
@@ -220,7 +220,7 @@ def add_rows(dz: Array, place: Array, count: int) -> Array:
     width = dz.shape[1]
     check(dz=(dz, (B * T, width), np.float32), place=(place, (B, T), np.int32))
     rows = empty((count, width))
-    _add_rows(blocks_for(rows.size), dz.flat, place.flat, rows.flat, rows.size, B * T, width)
+    _add_rows(blocks_for(rows.size), dz, place, rows, rows.size, B * T, width)
     return rows
 
 

@@ -83,7 +83,7 @@ def dense_backward_bias(dy: Array) -> Array:
     count = max(1, min(4 * multiprocessors() // strips, N // (4 * DOWN)))
     part = -(-N // count)
     parts, db = empty((count, J)), empty((J,))
-    _sum_rows((strips, count), dy, parts, N, J, part)
+    _sum_rows((strips, count, 1), dy, parts, N, J, part)
     add_parts(parts, count, db)
     return db
 

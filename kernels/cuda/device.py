@@ -76,10 +76,28 @@ def require() -> None:
             raise Unavailable("NUMBA_ENABLE_CUDASIM is set, and the simulator is for tests: unset it, or use the cpu")
         return
     if not cuda.is_available():
-        reason = " ".join(str(cuda.cuda_error() or "no device").split()).split(". ")[0].rstrip(".:")
+        # The driver is content where it says nothing: then it is the compiler, a package of its own, that is missing.
+        reason = _reason(cuda.cuda_error() or "NVVM is missing, which npser[cuda13] or [cuda12] brings")
         raise Unavailable(f"no CUDA GPU can be used here ({reason}): use the cpu")
-    if cuda.get_current_device().compute_capability < (8, 0):
+    try:
+        suffices = _capability() >= (8, 0)
+    except Exception as error:  # numba's class of driver errors is not the same in all its versions
+        # There is a GPU, but no context to be had on it: other programs have all its memory, or it for themselves.
+        raise Unavailable(f"the GPU refuses to work for this program ({_reason(error)}): use the cpu") from error
+    if not suffices:
         raise Unavailable("the GPU's compute capability is below 8.0: use the cpu")
+
+
+def _reason(error: object) -> str:
+    """The first sentence of what Numba or the driver says."""
+    return " ".join(str(error).split()).split(". ")[0].rstrip(".:")
+
+
+@lru_cache
+def _capability() -> tuple[int, int]:
+    """The GPU's compute capability. The first call makes the context, and needs memory for it."""
+    major, minor = cuda.get_current_device().compute_capability
+    return int(major), int(minor)
 
 
 @lru_cache
@@ -185,7 +203,7 @@ class Array:
             wanted[wanted.index(-1)] = self.size // -math.prod(wanted)
         if math.prod(wanted) != self.size:
             raise ValueError(f"{self.size} numbers of shape {self.shape} cannot take the shape {tuple(wanted)}")
-        return Array(self.memory, tuple(wanted), self.first, self.base or self)
+        return Array(self.memory, tuple(wanted), self.first, self._holder)
 
     def __getitem__(self, rows: slice) -> "Array":
         """A range of rows, in the same memory."""
@@ -194,7 +212,12 @@ class Array:
             raise IndexError("only ranges of whole rows can be taken from an array on the device")
         width = math.prod(self.shape[1:])
         taken = (max(first, end) - first, *self.shape[1:])
-        return Array(self.memory, taken, self.first + first * width, self.base or self)
+        return Array(self.memory, taken, self.first + first * width, self._holder)
+
+    @property
+    def _holder(self) -> "Array":
+        """The array whose memory this is."""
+        return self if self.base is None else self.base
 
     def __float__(self) -> float:
         """The only number; waits for it."""
@@ -297,8 +320,7 @@ class Kernel:
     def loaded(self) -> launching.Loaded:
         """The kernel on the device, for the driver to launch."""
         if self._loaded is None:
-            major, minor = cuda.current_context().device.compute_capability
-            capability = int(major), int(minor)
+            capability = _capability()
             kept = launching.kept(self.name, capability, _versions(), lambda: self.ptx(capability))
             self._loaded = launching.Loaded(*kept, self.kinds, self.name)
         return self._loaded
@@ -336,6 +358,16 @@ class Kernel:
             if wanted > self._granted and self.loaded.allow_shared(wanted):
                 self._granted = wanted
         return min(wanted, self._granted)
+
+
+def keeps_kernels() -> bool:
+    """Whether compiled kernels are there again at the next start."""
+    return DIRECT
+
+
+def cache_is_cold() -> bool:
+    """True until the first kernel for this GPU has been compiled and kept; always, where they cannot be kept."""
+    return not DIRECT or not launching.any_kept(_capability(), _versions())
 
 
 @lru_cache

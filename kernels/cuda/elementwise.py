@@ -33,7 +33,7 @@ LOSS_THREADS = 4 if SIMULATED else 128
 
 @helper
 def hash32(x: int) -> int:
-    """See `kernels.reference._hash32`; in 64-bit integers, whose products of 32-bit words cannot overflow."""
+    """See `kernels.reference._hash32`; in 64-bit integers, of whose products the lower 32 bits are right."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
     x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
     return x ^ (x >> 16)

@@ -13,6 +13,7 @@ cannot work (no nvJitLink), or KERNELS_CUDA_LAUNCHER=numba is set, Numba launche
 """
 
 import ctypes
+import hashlib
 import os
 import re
 import struct
@@ -22,6 +23,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from kernels import Unavailable
 from kernels.cache import cache_folder
 
 SLOT = 8  # bytes
@@ -66,22 +68,36 @@ def entry_of(ptx: str) -> str:
 
 
 def kept(name: str, capability: tuple[int, int], versions: str, compiled: Callable[[], str]) -> tuple[bytes, str]:
-    """(machine code, entry) of the kernel `name`: from its file, or of the PTX that `compiled` makes."""
-    path = _folder(versions) / "{}-{}{}.cubin".format(name, *capability)
+    """(machine code, entry) of the kernel `name`: from its file, or of the PTX that `compiled` makes.
+
+    The file begins with a line of entry and checksum: the driver would refuse a damaged one at every start.
+    """
+    path = _folder(versions) / f"{name}{_suffix(capability)}"
     try:
-        entry, code = path.read_bytes().split(b"\n", 1)
-        return code, entry.decode()
+        line, code = path.read_bytes().split(b"\n", 1)
+        entry, checksum = line.decode().split()
+        if checksum == hashlib.sha256(code).hexdigest():
+            return code, entry
     except (OSError, ValueError):
         pass
     ptx = compiled()
     made, entry_name = assemble(ptx, capability)[0], entry_of(ptx)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_bytes(entry_name.encode() + b"\n" + made)
+        temporary.write_bytes(f"{entry_name} {hashlib.sha256(made).hexdigest()}\n".encode() + made)
         os.replace(temporary, path)
     except OSError:  # a full disk: the next process compiles again
         temporary.unlink(missing_ok=True)
     return made, entry_name
+
+
+def any_kept(capability: tuple[int, int], versions: str) -> bool:
+    """Whether a kernel for such GPUs is kept already."""
+    return any(_folder(versions).glob(f"*{_suffix(capability)}"))
+
+
+def _suffix(capability: tuple[int, int]) -> str:
+    return "-{}{}.cubin".format(*capability)
 
 
 def slots(address: int, size: int, width: int) -> tuple[int, ...]:
@@ -125,6 +141,10 @@ class Loaded:
 
     def _done(self, results: tuple[Any, ...]) -> Any:
         status, *values = results
+        if status == self.driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:  # code takes memory, too
+            raise Unavailable(f"the GPU's memory does not suffice for the kernel {self.name}: use the cpu")
+        if status in (self.driver.CUresult.CUDA_ERROR_INVALID_IMAGE, self.driver.CUresult.CUDA_ERROR_NO_BINARY_FOR_GPU):
+            raise Unavailable(f"the CUDA driver is too old for the installed numba-cuda ({status.name}): update it")
         if status != self.driver.CUresult.CUDA_SUCCESS:
             raise RuntimeError(f"the CUDA driver refuses the kernel {self.name}: {status.name}")
         return values[0] if values else None

@@ -55,7 +55,8 @@ else:
                 "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
             )
             assembly = ir.InlineAsm(function, text, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", False)
-            result = builder.call(assembly, bits + list(sums))
+            # Convergent: the compiler must not move it to where only some threads of the warp come by.
+            result = builder.call(assembly, bits + list(sums), attrs=("convergent",))
             parts = [builder.extract_value(result, n) for n in range(4)]
             return context.make_tuple(builder, signature.return_type, parts)
 
