@@ -1,11 +1,12 @@
 """Measurements: how fast the kernels are beside others (`python -m bench`), and how settings were chosen.
 
-    python -m bench [kernels|train|infer|all] [--device cuda] [--quick] [--rows TEXT] [--without NAME] [--json FILE]
-                    [--threads N]
+    python -m bench [kernels|train|infer|growth|all] [--device cuda] [--quick] [--rows TEXT] [--without NAME]
+                    [--json FILE] [--threads N]
 
 `kernels` times every operation, forward and backward, `train` one training step of each network and the peak memory of
-a fresh process, `infer` a batch of windows and whole utterances from samples to label; `all`, the default, all of that
-and a growth table of our own times. `--quick` shows a few rows at batch 32 in about a minute, without torch.compile.
+a fresh process, `infer` a batch of windows and whole utterances from samples to label; `growth` our own times against
+the networks' width, the windows of an utterance and the number of threads; `all`, the default, everything, our times
+against the batch, too. `--quick` shows a few rows at batch 32 in about a minute, without torch.compile.
 What is compared must be installed: pip install 'npser[bench]'; the rest is named as absent. torch.compile needs a C++
 compiler. Whole utterances are of the built-in corpus; the whole corpus is EMO-DB where NPSER_DATA says where it lies,
 else the built-in one. `--json` writes every round's median of every candidate, row by row, also of a run that was

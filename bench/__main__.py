@@ -16,7 +16,8 @@ from typing import Any
 from npser.cli import Parser, machine, run, versions, whole
 from npser.errors import RunFailed, UserError
 
-SECTIONS = ("kernels", "train", "infer", "all")
+TIMED = ("kernels", "train", "infer")  # sections that are compared with peers
+SECTIONS = (*TIMED, "growth", "all")
 PACKAGES = ("torch", "jax", "onnxruntime")
 
 
@@ -56,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     threads = _threads(options.threads)
     if options.json:
         _check_writable(options.json)
+    if options.section == "growth" and (options.quick or options.device != "cpu"):
+        raise UserError("growth: has no short form, and is measured on the cpu alone: leave --quick and --device away")
     if options.device == "cuda":
         _require_gpu()
 
@@ -154,7 +157,7 @@ class Run:
 
     @property
     def sections(self) -> tuple[str, ...]:
-        return SECTIONS[:-1] if self.options.section == "all" else (self.options.section,)
+        return TIMED if self.options.section == "all" else tuple(s for s in TIMED if s == self.options.section)
 
     def everything(self, folder: Path) -> None:
         from bench import peers
@@ -171,11 +174,11 @@ class Run:
         print("times in ms; the columns are explained in bench/__init__.py\n", flush=True)
 
         work = {section: [w for w in self._workloads(section, folder) if self._wanted(w)] for section in self.sections}
-        if not any(work.values()):
-            raise UserError(f"--rows {' '.join(self.options.rows)}: no row has that in its title")
         on_cpu = self.options.device == "cpu"
-        everything = self.options.section == "all" and not self.options.quick and on_cpu
-        grown = list(self._growth(folder)) if everything else []
+        growth = self.options.section in ("all", "growth") and not self.options.quick and on_cpu
+        grown = [each for each in self._growth(folder) if self._wanted(each[2])] if growth else []
+        if not any(work.values()) and not grown:
+            raise UserError(f"--rows {' '.join(self.options.rows)}: no row has that in its title")
         self.progress = Progress(self.peaks["flops"])
         self.progress.expect(w.operations for workloads in work.values() for w in workloads)
         self.progress.expect(w.operations for _, _, w, _ in grown)
@@ -254,9 +257,12 @@ class Run:
 
     def _growth(self, folder: Path) -> Iterable[tuple[str, str, Any, int]]:
         """(series, point, workload, threads) of what the other sections do not time anyhow."""
-        from bench import suites
+        from bench import suites, workloads
 
-        for series, point, workload in suites.growth(folder, folder / "utterances.npz"):
+        few = folder / "utterances.npz"
+        if not few.exists():
+            workloads.record(few, "demo", suites.UTTERANCES)
+        for series, point, workload in suites.growth(folder, few):
             yield series, point, workload, self.threads
         for workload in suites.threaded():
             for threads in range(1, self.threads + 1):

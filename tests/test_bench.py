@@ -465,6 +465,10 @@ def test_all_sections_and_growth(small_command, monkeypatch, tmp_path, capsys):
     for series, points in found["growth"].items():
         assert all(seconds > 0 for seconds in points.values())
         assert series in out
+    assert command.main(["growth", "--threads", "1", "--json", str(path)]) == 0
+    alone = json.loads(path.read_text())
+    assert not alone["rows"]
+    assert list(alone["growth"]) == list(found["growth"])[2:]
 
 
 def test_a_wrong_result_is_exit_status_1(small_command, monkeypatch, capsys):
@@ -507,6 +511,7 @@ def test_absent_candidates_are_named(small_command, monkeypatch, capsys):
         ["--threads", "100000"],
         ["--json", "no/such/folder/bench.json"],
         ["--rounds", "3"],
+        ["growth", "--quick"],
     ],
 )
 def test_bad_options_get_one_line(arguments, tmp_path):
