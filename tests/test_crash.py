@@ -115,7 +115,9 @@ def interrupt(process, number, twice, moment, rng):
     if number == signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL, log
         return "in time"
-    if process.returncode == -number and "cli.py" not in log:  # Python itself answered: nothing of ours was running yet
+    # Nothing of ours was running yet: Python itself answered, perhaps before it had read its own libraries.
+    ours = re.search(r'npser/cli\.py", line \d+, in (?!<module>)', log)
+    if not ours and (process.returncode == -number or "Fatal Python error: init" in log):
         return "in the first moments"
     assert process.returncode == 130, log
     one_line(log, "interrupted")
