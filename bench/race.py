@@ -121,7 +121,7 @@ class Row:
             "section": self.section,
             "title": w.title,
             "kind": w.kind,
-            "sizes": w.sizes,
+            "sizes": {name: Path(x).name if isinstance(x, str) else x for name, x in w.sizes.items()},
             "operations": w.operations,
             "bytes": w.traffic,
             "fastest_peer": self.fastest_peer,
