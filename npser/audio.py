@@ -9,7 +9,7 @@ import math
 import os
 import struct
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -54,17 +54,19 @@ class Recording:
             yield _scaled(block, self.peak)
 
 
-def open_recording(path: str | os.PathLike[str]) -> Recording:
+def open_recording(path: str | os.PathLike[str], seen: Callable[[float], object] | None = None) -> Recording:
     """Read a file through, in constant memory, and say whether it can be used: UserError, naming it, where not.
 
     Refused: missing or unreadable, not audio, truncated, empty, silent, shorter than one frame, or with samples that
-    are not finite.
+    are not finite. seen: is told, block after block, how many seconds are read.
     """
     path = os.fspath(path)
     length, peak = 0, 0.0
     for block in _resampled_blocks(path):
         length += block.size
         peak = max(peak, _peak(block))
+        if seen:
+            seen(length / SAMPLE_RATE)
     return Recording(path, length, peak)
 
 

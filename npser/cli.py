@@ -2,27 +2,55 @@
 
 import argparse
 import ctypes
+import errno
 import os
 import platform
 import re
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from npser.errors import RunFailed, UserError, printable
+
+_NOT_PRINTED = {errno.ENOSPC, errno.EIO, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # of standard output
+
+
+class _Help(argparse.HelpFormatter):
+    """Breaks lines between words alone, never at a hyphen of an option or a name; an indented line stays one."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(
+            textwrap.fill(line, width, initial_indent=indent, subsequent_indent=indent, **_WHOLE_WORDS)
+            for line in re.sub(r"(?<=\S)\n(?=\S)", " ", text).splitlines()
+        )
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, **_WHOLE_WORDS)
+
+
+_WHOLE_WORDS: Any = {"break_long_words": False, "break_on_hyphens": False}
 
 
 class Parser(argparse.ArgumentParser):
     """An option parser that says what is wrong in one line, without repeating all options."""
 
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"formatter_class": _Help, **settings})
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog.removeprefix('python -m ')}: {printable(message)} (--help tells the options)\n")
+
+
+def count(number: int, plural: str) -> str:
+    """1 file, 2 files."""
+    return f"{number} {plural.removesuffix('s') if number == 1 else plural}"
 
 
 def keep_memory() -> None:
@@ -48,6 +76,7 @@ def run(command: str, main: Callable[[], int]) -> None:
     """
     _on_signals(_interrupt)
     keep_memory()
+    sys.stdout, sys.stderr = sys.stdout or _nowhere(), sys.stderr or _nowhere()  # closed by whoever started us
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
     try:
@@ -67,9 +96,24 @@ def run(command: str, main: Callable[[], int]) -> None:
         print(f"{command}: interrupted", file=sys.stderr)
         status = 130
     except BrokenPipeError:  # the reader, `head` for one, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         status = 0
+    except OSError as error:
+        if error.filename is not None or error.errno not in _NOT_PRINTED:
+            raise
+        _drop_output()
+        print(f"{command}: standard output cannot be written ({error.strerror})", file=sys.stderr)
+        status = 1
     sys.exit(status)
+
+
+def _drop_output() -> None:
+    """What is still to be printed goes nowhere, so that Python does not try once more as it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _nowhere() -> TextIO:
+    return open(os.devnull, "w")  # until the end
 
 
 def _on_signals(handler: Any) -> None:
@@ -102,7 +146,7 @@ def set_threads(wanted: int | None, backend: str) -> int:
     """Pin Numba, and (before NumPy is imported) the BLAS that it brings; returns the number of threads."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if wanted is not None and wanted > available:
-        raise UserError(f"--threads {wanted}: this machine has {available} cores: use at most so many")
+        raise UserError(f"--threads {wanted}: this machine has {count(available, 'cores')}: use at most so many")
     threads = wanted or available
     # The compiled kernels do without BLAS; a pool of its threads would only spin on the cores that they need.
     for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):

@@ -86,6 +86,7 @@ def cross_corpus(train: Corpus, test: Corpus) -> Corpus:
         )
     utterances: list[Utterance] = []
     skipped: list[str] = []
+    unshared: list[str] = []  # last, so that they hide no other reason
     for split, corpus in (("train", train), ("test", test)):
         prefix = corpus.name if train.name != test.name else f"{corpus.name}-{split}"
         skipped += [f"{prefix}/{line}" for line in corpus.skipped]
@@ -95,9 +96,9 @@ def cross_corpus(train: Corpus, test: Corpus) -> Corpus:
                 speaker = u.speaker and f"{prefix}:{u.speaker}"
                 utterances.append(Utterance(u.path, name, speaker, u.text, u.emotion, split))
             else:
-                skipped.append(f"{name}: {u.emotion} is in only one of the two corpora")
+                unshared.append(f"{name}: {u.emotion} is in only one of the two corpora")
     utterances.sort(key=lambda u: u.name)
-    return Corpus(f"{train.name}-to-{test.name}", shared, tuple(utterances), tuple(skipped), _read_utterance)
+    return Corpus(f"{train.name}-to-{test.name}", shared, tuple(utterances), (*skipped, *unshared), _read_utterance)
 
 
 def user_cache() -> Path:

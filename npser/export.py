@@ -5,6 +5,7 @@ statistics of the training data are part of it. Layers are translated one by one
 """
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -166,7 +167,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "[-1, 1], not standardised. Output probabilities (batch, emotions). Labels, features and training are in the "
         "file's metadata.",
         epilog="What is written was run by ONNX Runtime first, and gave the same probabilities within 1e-5. Needs "
-        "pip install 'npser[onnx]'. Exit status: 0 ok, 1 the check failed, 2 wrong use or bad input.",
+        "pip install 'npser[onnx]'. Exit status: 0 ok, 1 the check failed or the disk is full, 2 wrong use or bad "
+        "input.",
     )
     parser.add_argument("model", metavar="MODEL.npz", type=Path, help="a model that npser.train saved")
     parser.add_argument("target", metavar="MODEL.onnx", type=Path, help="the file to write")
@@ -174,6 +176,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     graph = Graph()
     if options.target.suffix != ".onnx":
         raise UserError(f"{options.target}: the file to write is called something.onnx")
+    if options.target.is_dir() or not os.access(options.target.resolve().parent, os.W_OK):
+        raise UserError(f"{options.target}: no file can be written there: choose another place")
     model = load_model(options.model)
     try:
         made = build(graph, model)

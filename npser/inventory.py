@@ -10,7 +10,7 @@ from pathlib import Path
 import soundfile
 
 from npser.audio import as_bytes, open_recording
-from npser.cli import Parser
+from npser.cli import Parser, count
 from npser.corpus import Corpus, open_corpus
 from npser.document import Table, text_table
 from npser.errors import UserError, printable
@@ -63,17 +63,17 @@ def describe(corpus: Corpus, shown: int | None) -> list[str]:
     texts = {u.text for u in corpus.utterances if u.text}
     title = printable({layout.name: layout.title for layout in LAYOUTS}.get(corpus.name, corpus.name))
     said = [f"{len(corpus.utterances)} recordings", f"{len(corpus.labels)} emotions"]
-    said.append(f"{len(known)} speakers" if known else "speakers unknown")
+    said.append(count(len(known), "speakers") if known else "speakers unknown")
     if texts:
-        said.append(f"{len(texts)} texts")
+        said.append(count(len(texts), "texts"))
     splits = Counter(u.split for u in corpus.utterances if u.split)
-    said += [f"{count} of them for {split}" for split, count in sorted(splits.items(), reverse=True)]
+    said += [f"{number} of them for {split}" for split, number in sorted(splits.items(), reverse=True)]
     lines = [f"{title}: {', '.join(said)}", "", text_table(_counts(corpus))]
     if corpus.name != "demo":
         lines += ["", _durations(corpus)]
     if corpus.skipped:
         listed = corpus.skipped[:shown]
-        lines += ["", f"left out: {len(corpus.skipped)} files", *(f"  {printable(line)}" for line in listed)]
+        lines += ["", f"left out: {count(len(corpus.skipped), 'files')}", *(f"  {printable(line)}" for line in listed)]
         if len(listed) < len(corpus.skipped):
             lines.append(f"  and {len(corpus.skipped) - len(listed)} more (--all lists them)")
     return lines

@@ -26,8 +26,9 @@ def parser() -> argparse.ArgumentParser:
         "recall and F1 of each emotion.",
         epilog="Run the same command again to go on after an interruption: finished folds are kept, the fold at work "
         "goes on from its last finished epoch. Exit status: 0 done, 1 the run failed (training diverged, disk full), "
-        "2 wrong use or bad input, 130 interrupted. Example, the paper's experiment: "
-        "python -m npser.train --arch cnn --data emodb",
+        "2 wrong use or bad input, 130 interrupted. Examples, the paper's experiment and a model for npser.predict:\n"
+        "  python -m npser.train --arch cnn --data emodb\n"
+        "  python -m npser.train --arch cnn --data emodb --cv none --save model.npz",
     )
     what = p.add_argument_group("what is trained, and on what")
     what.add_argument(
@@ -136,7 +137,8 @@ def parser() -> argparse.ArgumentParser:
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="run folder, resumed if there (default: runs/<arch>-<corpus>-s<seed>; <corpus>-best with --recipe best)",
+        help="run folder, resumed if there (default: runs/<arch>-<corpus>-s<seed>; <corpus>-best with --recipe best; "
+        "with --cv none and -all at its end where a cross-validation is there already)",
     )
     how.add_argument("--save", type=Path, metavar="MODEL.npz", help="with --cv none: where to save the model")
     how.add_argument(
@@ -150,8 +152,8 @@ def parser() -> argparse.ArgumentParser:
         "--score-from",
         type=Path,
         metavar="FOLDER",
-        help="with --cv none: the run folder of a cross-validation with the same settings, whose score the model file "
-        "then carries",
+        help="with --cv none: the run folder of a cross-validation with the same settings, or that run packed into one "
+        "file, whose score the model file then carries",
     )
     how.add_argument(
         "--checkpoint",
@@ -191,6 +193,8 @@ def read(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.cv = options.cv or ("split" if options.test_data else "stratified")
     if (options.workers > 1 or options.dask) and options.cv == "none":
         raise UserError(f"{'--dask' if options.dask else '--workers'}: there are no folds with --cv none")
+    if options.dask is not None and not options.dask.strip():
+        raise UserError("--dask: no address given; tcp://host:8786 for one")
     if options.workers > 1 and options.dask:
         raise UserError("--workers: the scheduler of --dask knows its workers: leave --workers away")
     return options

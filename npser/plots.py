@@ -1,5 +1,6 @@
 """The figures of a report, with matplotlib (extra `plot`), each as PNG and SVG, and one page that holds them all."""
 
+import html
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from npser.analysis import learning_curves, speaker_matrices, uar_interval
+from npser.cli import count
 from npser.comparison import Run, names_of, summary_of
 from npser.document import Document
 from npser.errors import UserError
@@ -89,20 +91,23 @@ class _Canvas:
         files = {}
         for form in ("png", "svg"):
             data = io.BytesIO()
-            metadata = {"Date": None} if form == "svg" else {}
+            metadata = dict.fromkeys(("Date", "Creator", "Format", "Type")) if form == "svg" else {}
             figure.savefig(data, format=form, dpi=160, metadata=metadata)
             files[form] = data.getvalue()
             write_atomically(self.target / f"{name}.{form}", files[form])
         self.plt.close(figure)
-        self.figures.append((caption, _inline(files["svg"].decode(), name)))
+        self.figures.append((caption, _inline(files["svg"].decode(), name, caption)))
 
     def page(self, document: Document) -> None:
         write_atomically(self.target / "report.html", document.html(self.figures))
 
 
-def _inline(svg: str, name: str) -> str:
-    """An SVG file as an element of a page; its identifiers get a prefix, because other figures use the same ones."""
-    svg = svg[svg.index("<svg") :]
+def _inline(svg: str, name: str, caption: str) -> str:
+    """An SVG file as an element of a page, which screen readers take for one image.
+
+    Its identifiers get a prefix, because other figures use the same ones.
+    """
+    svg = svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{html.escape(caption)}"', 1)
     return svg.replace('id="', f'id="{name}-').replace('href="#', f'href="#{name}-').replace("url(#", f"url(#{name}-")
 
 
@@ -114,7 +119,7 @@ def _confusion(canvas: _Canvas, matrix: Any, labels: Sequence[str]) -> None:
     for i in range(k):
         for j in range(k):
             if matrix[i, j]:
-                colour = "white" if share[i, j] > 55 else "black"
+                colour = "white" if share[i, j] > 70 else "black"  # whichever stands out more
                 axes.text(j, i - 0.1, f"{share[i, j]:.0f} %", ha="center", va="center", color=colour)
                 axes.text(j, i + 0.24, str(matrix[i, j]), ha="center", va="center", color=colour, fontsize=7)
     axes.set_xticks(range(k), labels, rotation=35, ha="right", rotation_mode="anchor")
@@ -137,7 +142,7 @@ def _class_dots(canvas: _Canvas, results: Sequence[FoldResult], vote: str, label
     axes.set_xticks(range(len(labels)), labels, rotation=25, ha="right", rotation_mode="anchor")
     axes.set(ylim=(-3, 103), ylabel="F1, per cent", title="F1 of each emotion")
     axes.grid(False, axis="x")
-    canvas.write(figure, "classes", f"A dot for each of the {len(f1)} folds, a bar at their mean.")
+    canvas.write(figure, "classes", f"Dots: {count(len(f1), 'folds')}. Bars: their means.")
 
 
 def _speakers(canvas: _Canvas, matrices: Mapping[str, Any]) -> None:
@@ -169,7 +174,7 @@ def _curves(canvas: _Canvas, results: Sequence[FoldResult]) -> None:
     left.set_ylim(bottom=0)
     right.set_ylim(top=100)
     for axes in (left, right):
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     canvas.write(figure, "curves", "Thin: every fold. Thick: their mean. Measured while training, dropout on.")
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from npser.cli import Parser, computing, run, set_threads, whole
+from npser.cli import Parser, computing, count, run, set_threads, whole
 from npser.errors import RunFailed, UserError, printable
 
 if TYPE_CHECKING:
@@ -33,12 +33,15 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(
         prog="python -m npser.predict",
         description="Tell the emotion of recordings with a trained network: for each file the most probable emotion, "
-        "its probability and the runners-up. Any sample rate, number of channels and length; wav, flac, ogg, mp3 and "
-        "whatever else libsndfile reads.",
+        "its probability and the runners-up. Any sample rate (but below 16 kHz the high frequencies are missing that a "
+        "model has learned from), number of channels and length; wav, flac, ogg, mp3 and whatever else libsndfile "
+        "reads.",
         epilog="A file that cannot be used gets one line on standard error, the others are labelled, and the exit "
-        "status is 2. A model is made by: python -m npser.train --arch lstm --data emodb --cv none --save model.npz. "
-        "Examples: python -m npser.predict model.npz call.mp3; ... model.npz recordings/ --csv > labels.csv; "
-        "ffmpeg -i film.mkv -f wav - | python -m npser.predict model.npz - --timeline",
+        "status is 2. Examples, the first of which makes a model:\n"
+        "  python -m npser.train --arch lstm --data emodb --cv none --save model.npz\n"
+        "  python -m npser.predict model.npz call.mp3\n"
+        "  python -m npser.predict model.npz recordings/ --csv > labels.csv\n"
+        "  ffmpeg -i film.mkv -f wav - | python -m npser.predict model.npz - --timeline",
     )
     p.add_argument("model", metavar="MODEL.npz", type=Path, help="a model that npser.train saved")
     p.add_argument(
@@ -105,6 +108,9 @@ def find_inputs(arguments: Sequence[str], spool: Path) -> Iterator[Input | UserE
 
     for argument in arguments:
         if argument == "-":
+            if sys.stdin is None:
+                yield UserError("-: there is no standard input: it is closed")
+                continue
             try:
                 with spool.open("wb") as file:
                     shutil.copyfileobj(sys.stdin.buffer, file)
@@ -233,18 +239,24 @@ def clock(seconds: float) -> str:
 class Live:
     """How far the recording at work is, on standard error, where that is a terminal and the recording long."""
 
-    def __init__(self) -> None:
-        self.stream, self.drawn, self.started = sys.stderr, 0.0, time.monotonic()
+    def __init__(self, name: str) -> None:
+        self.name, self.stream = printable(name)[-40:], sys.stderr
+        self.drawn, self.started = 0.0, time.monotonic()
         self.on = self.stream.isatty()
 
-    def show(self, name: str, done: float, total: float) -> None:
+    def read(self, done: float) -> None:
+        """So many seconds of it are looked through, before the first is scored."""
+        self._draw(f"reading, {clock(done)}")
+
+    def scored(self, done: float, total: float) -> None:
+        speed = done / max(time.monotonic() - self.started, 1e-9)
+        self._draw(f"{clock(done)} of {clock(total)}  {speed:.0f} times real time")
+
+    def _draw(self, text: str) -> None:
         now = time.monotonic()
         if self.on and now - self.started > 1 and now - self.drawn > 0.2:
             self.drawn = now
-            speed = done / max(now - self.started, 1e-9)
-            self.stream.write(
-                f"\r\x1b[K{printable(name)[-40:]}  {clock(done)} of {clock(total)}  {speed:.0f} times real time"
-            )
+            self.stream.write(f"\r\x1b[K{self.name}  {text}")
             self.stream.flush()
 
     def clear(self) -> None:
@@ -256,15 +268,15 @@ class Live:
 # --- the command -------------------------------------------------------------------------------------------------
 
 
-def segments(model: "Model", source: Input, hop: int) -> Iterator[tuple[float, Segment]]:
-    """The windows of a recording, in order, each with the recording's length in seconds."""
+def segments(model: "Model", source: Input, hop: int, live: Live | None = None) -> Iterator[tuple[float, Segment]]:
+    """The windows of a recording, in order, each with the recording's length in seconds; live shows how far it is."""
     import kernels
     from npser.audio import SAMPLE_RATE, open_recording
     from npser.features import FRAME, HOP, transforming
     from npser.scoring import frame_blocks, score
 
     try:
-        recording = open_recording(source.path)
+        recording = open_recording(source.path, live.read if live else None)
         blocks = frame_blocks(kernels.rung(transforming(model.backend)), recording.samples())
         number = 0
         for piece in score(model, blocks, hop):
@@ -284,18 +296,18 @@ def label_all(model: "Model", inputs: Iterable[Input | UserError], hop: int, wri
     """Score every recording and write what comes out; bad ones get a line on standard error."""
     tally = Tally()
     for source in inputs:
-        live = Live()
+        live = Live(source.name if isinstance(source, Input) else "")
         total: Any = 0.0
         windows, seconds = 0, 0.0
         try:
             if isinstance(source, UserError):
                 raise source
-            for seconds, segment in segments(model, source, hop):
+            for seconds, segment in segments(model, source, hop, live):
                 total, windows = total + segment.p, windows + 1
                 if timeline:
                     live.clear()
                     writer.window(source.name, segment)
-                live.show(source.name, segment.end, seconds)
+                live.scored(segment.end, seconds)
             live.clear()
             writer.recording(source.name, Segment(0.0, seconds, total / windows))
         except UserError as error:
@@ -328,7 +340,7 @@ def describe(model: "Model", path: Path, hop: int, threads: int) -> str:
     return (
         f"{path}: {model.arch} trained on {corpus}, {score_of(model.cross_validation)}; labels "
         f"{', '.join(model.labels)}; windows of {model.input_frames} frames, {hop} apart; backend {model.backend}, "
-        f"{threads} threads"
+        f"{count(threads, 'threads')}"
     )
 
 
@@ -367,8 +379,9 @@ def _predict(options: argparse.Namespace, threads: int) -> int:
     if options.verbose:
         taken = time.monotonic() - started
         print(
-            f"{tally.labelled} recordings, {duration(tally.seconds)} of audio, {tally.windows} windows in "
-            f"{duration(taken)}: {tally.seconds / max(taken, 1e-9):.1f} times real time",
+            f"{count(tally.labelled, 'recordings')}, {duration(tally.seconds)} of audio, "
+            f"{count(tally.windows, 'windows')} in {duration(taken)}: "
+            f"{tally.seconds / max(taken, 1e-9):.1f} times real time",
             file=sys.stderr,
         )
     return 2 if tally.refused else 0

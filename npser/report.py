@@ -25,7 +25,7 @@ from npser.analysis import (
     uar_interval,
     utterance_record,
 )
-from npser.cli import Parser, run
+from npser.cli import Parser, count, run
 from npser.corpus import user_cache
 from npser.document import Block, Document, Table
 from npser.errors import UserError
@@ -122,7 +122,7 @@ def _protocol(config: Mapping[str, Any], done: int) -> str:
         said.append(f"recipe {config['recipe']}")
     for key, word in (("folds", "folds"), ("repeats", "repeats"), ("epochs", "epochs")):
         if key in config:
-            said.append(_count(config[key], word))
+            said.append(count(config[key], word))
     if "seed" in config:
         said.append(f"seed {config['seed']}")
     planned = f" of {folds * repeats}" if isinstance(folds, int) and isinstance(repeats, int) else ""
@@ -140,7 +140,7 @@ def _headline(summary: ProtocolSummary) -> str:
     if summary.folds == 1:
         spreads = ["no spread can be given: only 1 fold"]
     elif math.isnan(figure.over_repeats):
-        spreads.append(f"no spread over repeats: {_count(summary.complete_repeats, 'complete repeats')}")
+        spreads.append(f"no spread over repeats: {count(summary.complete_repeats, 'complete repeats')}")
     return f"average F1 {percent(figure.mean)} ({', '.join(spreads)}); pooled {percent(figure.pooled)}"
 
 
@@ -163,7 +163,7 @@ def _means_explained(summary: ProtocolSummary) -> str:
         "ones come from the sum of all confusion matrices. A class never predicted in a fold has precision 0 there."
     )
     if summary.absences:
-        absences = _count(summary.absences, "times")
+        absences = count(summary.absences, "times")
         text += f" A class without utterances in a fold is left out of that fold's means ({absences}); - is undefined."
     return text
 
@@ -189,7 +189,7 @@ def _matrix_table(summary: ProtocolSummary, percent: bool) -> Table:
     rows = []
     for label, row in zip(summary.labels, summary.matrix, strict=True):
         total = int(row.sum())
-        cells = [f"{100 * count / total:.1f}" if total else "-" for count in row] if percent else map(str, row)
+        cells = [f"{100 * n / total:.1f}" if total else "-" for n in row] if percent else map(str, row)
         rows.append((label, *cells))
     unit = "per cent of each true class" if percent else "decisions"
     header = ("true \\ predicted", *(label if len(label) <= 9 else label[:8] + "." for label in summary.labels))
@@ -238,9 +238,10 @@ def _hardest(record: Sequence[Hard], heard: Mapping[str, float]) -> list[Block]:
     never = [r for hard in record if not hard.wrong and (r := rate(hard)) is not None]
     if always and never:
         blocks.append(
-            f"Listeners: the share of human listeners who named the emotion that was acted. On the {len(always)} "
-            f"utterances that the network always confused their mean is {100 * sum(always) / len(always):.1f}, on the "
-            f"{len(never)} that it never confused {100 * sum(never) / len(never):.1f}."
+            "Listeners: the share of human listeners who named the emotion that was acted. On the "
+            f"{count(len(always), 'utterances')} that the network always confused their mean is "
+            f"{100 * sum(always) / len(always):.1f}, on the {len(never)} that it never confused "
+            f"{100 * sum(never) / len(never):.1f}."
         )
     return blocks
 
@@ -276,7 +277,7 @@ def _fold_table(results: Iterable[FoldResult], vote: str) -> Table:
 def _computing(results: Sequence[FoldResult]) -> str:
     """On which backends the folds ran, and for how long."""
     backends = Counter(str(result.run["backend"]) for result in results if "backend" in result.run)
-    where = ", ".join(f"{backend} {_count(folds, 'folds')}" for backend, folds in sorted(backends.items()))
+    where = ", ".join(f"{backend} {count(folds, 'folds')}" for backend, folds in sorted(backends.items()))
     seconds = sum(epoch.seconds for result in results for epoch in result.epochs)
     return f"Training took {seconds:.0f} s in all{f'; backend: {where}' if where else ''}."
 
@@ -284,10 +285,6 @@ def _computing(results: Sequence[FoldResult]) -> str:
 def percent(fraction: float | np.float64) -> str:
     """A fraction in per cent with two decimals, as the paper prints it; "-" where undefined."""
     return "-" if math.isnan(fraction) else f"{100 * fraction:.2f}"
-
-
-def _count(number: Any, plural: str) -> str:
-    return f"{number} {plural.removesuffix('s') if number == 1 else plural}"
 
 
 # --- the command -------------------------------------------------------------------------------------------------
@@ -328,8 +325,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "confused, learning curves, and every fold. Unfinished runs are reported as far as they are done. Several "
         "runs are set side by side with a paired test; folders that hold parts of one run (--only on several machines) "
         "are put together first.",
-        epilog="Exit status: 0 ok, 2 a folder cannot be reported. Examples: python -m npser.report runs/cnn-emodb-s0 "
-        "--plots; python -m npser.report runs/cnn-emodb-s0 runs/lstm-emodb-s0",
+        epilog="Exit status: 0 ok, 2 a folder cannot be reported. Examples:\n"
+        "  python -m npser.report runs/cnn-emodb-s0 --plots\n"
+        "  python -m npser.report runs/cnn-emodb-s0 runs/lstm-emodb-s0",
     )
     parser.add_argument(
         "folders",
@@ -374,15 +372,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not folders:
         return status
     runs = merged(folders)
+    if len(runs) < len(folders):
+        print(
+            f"npser.report: {count(len(folders), 'folders')} of {count(len(runs), 'runs')}: those with the same "
+            "settings are put together",
+            file=sys.stderr,
+        )
+    if options.listeners and len(runs) > 1:
+        raise UserError("--listeners: several runs are compared without the utterances confused: leave it away")
     if len(runs) > 1:
         from npser.comparison import compare
 
         document = compare([(folder.path, folder.config, results) for folder, results in runs])
     else:
         config, results = runs[0][0].config, runs[0][1]
-        document = report(config, results, find_listeners(options.listeners) if config.get("corpus") == "emodb" else {})
-    print(document.markdown() if options.markdown else document.text(), end="")
-    if options.plots:
+        asked = options.listeners or config.get("corpus") == "emodb"
+        document = report(config, results, find_listeners(options.listeners) if asked else {})
+    if options.plots:  # first, because it can fail
         from npser.plots import draw_comparison, draw_run
 
         if len(runs) > 1:
@@ -392,6 +398,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             path = runs[0][0].path
             target = options.out or (path / "plots" if path.is_dir() else Path("plots"))
             draw_run(runs[0][0].config, runs[0][1], document, target)
+    print(document.markdown() if options.markdown else document.text(), end="")
+    if options.plots:
         print(f"npser.report: drawn in {target}: report.html, and each figure as .png and .svg", file=sys.stderr)
     return status
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npser.cli import computing, machine, run, set_threads, versions
+from npser.cli import computing, count, machine, run, set_threads, versions
 from npser.errors import RunFailed, UserError, printable
 from npser.options import read
 from npser.recipes import as_settings, from_settings, recipe_for
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = read(arguments)
     threads = set_threads(options.threads, options.backend)
     if options.workers > threads:
-        raise UserError(f"--workers {options.workers}: they share {threads} threads: use at most so many")
+        raise UserError(f"--workers {options.workers}: they share {count(threads, 'threads')}: use at most so many")
     threads //= options.workers
 
     from npser.corpus import cross_corpus, open_corpus
@@ -113,22 +113,25 @@ def _introduce(config: dict[str, Any], corpus: "Corpus", frames: "Frames", plan:
         "the built-in, generated demonstration corpus" if corpus.name == "demo" else f"corpus {printable(corpus.name)}"
     )
     known = [s for s in corpus.speakers if s]
-    by = f" by {len(known)} speakers" if known else ""
+    by = f" by {count(len(known), 'speakers')}" if known else ""
+    by += " and unknown ones" if known and "" in corpus.speakers else ""
+    tested = sum(u.split == "test" for u in corpus.utterances) if config["cv"] == "split" else 0
+    sides = f" ({len(corpus.utterances) - tested} to train on, {tested} to test on)" if tested else ""
     print(
-        f"{config['arch']} on {source}: {len(corpus.utterances)} utterances{by}, {len(corpus.labels)} emotions, "
+        f"{config['arch']} on {source}: {len(corpus.utterances)} utterances{by}{sides}, {len(corpus.labels)} emotions, "
         f"{seconds / 60:.1f} min of speech"
     )
     print(
-        f"{parameters / 1e6:.3f} million parameters, backend {_backend(config)}, {config['threads']} threads, "
-        f"seed {config['seed']}"
+        f"{parameters / 1e6:.3f} million parameters, backend {_backend(config)}, "
+        f"{count(config['threads'], 'threads')}, seed {config['seed']}"
     )
     print(plan, flush=True)
     for line in corpus.skipped[:10]:
         print(f"skipped {printable(line)}", file=sys.stderr)
     if len(corpus.skipped) > 10:
-        print(f"skipped {len(corpus.skipped) - 10} more files", file=sys.stderr)
+        print(f"skipped {count(len(corpus.skipped) - 10, 'more files')}", file=sys.stderr)
     if corpus.skipped:
-        print(f"skipped {len(corpus.skipped)} files in all", file=sys.stderr, flush=True)
+        print(f"skipped {count(len(corpus.skipped), 'files')} in all", file=sys.stderr, flush=True)
 
 
 def _backend(config: Mapping[str, Any]) -> str:
@@ -146,13 +149,13 @@ def machine_of(config: Mapping[str, Any]) -> str:
 
 
 def _warn_of_compilation(backend: str, progress: "Progress") -> None:
-    if backend == "cuda":
-        progress.say("compiling kernels for the GPU (at every start) ...")
-    if backend == "cpu":
-        from kernels.cpu import cache_is_cold
+    import kernels
 
-        if cache_is_cold():
-            progress.say("compiling kernels (once; they are kept for the next start) ...")
+    rung = kernels.rung(backend)
+    if backend != "reference" and rung.cache_is_cold():
+        kept = backend == "cpu" or rung.keeps_kernels()
+        often = "once; they are kept for the next start" if kept else "at every start"
+        progress.say(f"compiling kernels ({often}) ...")
 
 
 def _cross_validate(options: argparse.Namespace, corpus: "Corpus", config: dict[str, Any]) -> int:
@@ -184,7 +187,7 @@ def _cross_validate(options: argparse.Namespace, corpus: "Corpus", config: dict[
         _warn_of_compilation(config["backend"], progress)
     about = {key: config[key] for key in ("backend", "precision", "threads", "vote", "versions")}
     about["machine"] = machine_of(config)
-    if options.dask or (options.workers > 1 and len(waiting) > 1):
+    if waiting and (options.dask or (options.workers > 1 and len(waiting) > 1)):
         _in_processes(options, folder, waiting, about | {"workers": options.dask or options.workers})
     else:
         for fold in waiting:
@@ -231,6 +234,8 @@ def _open_folder(options: argparse.Namespace, config: dict[str, Any]) -> "RunFol
 
     recipe = "" if config["recipe"] == "paper" else f"-{config['recipe']}"
     out = options.out or Path("runs") / f"{config['arch']}-{config['corpus']}{recipe}-s{config['seed']}"
+    if options.cv == "none" and not options.out and (out / "predictions.csv").exists():
+        out = out.with_name(f"{out.name}-all")  # the cross-validation of the same network lies in the usual place
     return RunFolder.open_or_create(out, config, MAY_CHANGE, options.only)
 
 
@@ -240,16 +245,16 @@ def _plan(
     kinds = {"stratified": "stratified folds", "speaker": "folds, one for each speaker"}
     kinds["split"] = "fold, training and test as given,"
     lines = [
-        f"recipe {config['recipe']}: {config['folds']} {kinds[config['cv']]} x {config['repeats']} "
-        f"repeat{'s' * (config['repeats'] > 1)}, "
-        f"{config['epochs']} epochs of windows {config['segment_hop']} frames apart, batches of {config['batch_size']}"
+        f"recipe {config['recipe']}: {config['folds']} {kinds[config['cv']]} x {count(config['repeats'], 'repeats')}, "
+        f"{count(config['epochs'], 'epochs')} of windows {count(config['segment_hop'], 'frames')} apart, "
+        f"batches of {config['batch_size']}"
     ]
     if options.only:
         lines.append(f"only repeat {options.only[0]}, fold {options.only[1]}")
     if waiting < chosen:
         lines.append(f"{chosen - waiting} of {chosen} folds are finished already")
     if waiting:
-        lines.append(f"{steps} updates to do; results go to {folder.path}")
+        lines.append(f"{count(steps, 'updates')} to do; results go to {folder.path}")
     return "; ".join(lines)
 
 
@@ -277,9 +282,9 @@ def _fit_everything(options: argparse.Namespace, corpus: "Corpus", config: dict[
     everything = np.arange(len(frames))
     total = training_steps(frames, corpus.targets, everything, input_frames(config["arch"]), settings)
     plan = (
-        f"recipe {config['recipe']}: one model on everything, {config['epochs']} epochs of "
-        f"windows {config['segment_hop']} frames apart, "
-        f"batches of {config['batch_size']}; {total} updates to do; the model goes to {path}"
+        f"recipe {config['recipe']}: one model on everything, {count(config['epochs'], 'epochs')} of "
+        f"windows {count(config['segment_hop'], 'frames')} apart, "
+        f"batches of {config['batch_size']}; {count(total, 'updates')} to do; the model goes to {path}"
     )
     _introduce(config, corpus, frames, plan)
     progress = Progress(total)
@@ -314,11 +319,11 @@ def _measured_score(run: Path, config: dict[str, Any]) -> dict[str, Any]:
     """The figures of a cross-validation for the model file; UserError unless it is of the same settings and data."""
     from npser.analysis import speaker_matrices, uar_interval
     from npser.comparison import summary_of
-    from npser.runfolder import RunFolder
+    from npser.packed import open_run
 
-    folder = RunFolder.open(run)
+    folder = open_run(run)
     same = ("arch", "utterances_sha256", "labels", *as_settings(from_settings(config)), "optimiser", "features")
-    differing = [key for key in same if folder.config.get(key) != config[key]]
+    differing = [key.removesuffix("_sha256") for key in same if folder.config.get(key) != config[key]]
     if differing:
         raise UserError(f"--score-from {run}: another training, its {', '.join(differing)} are not those of this one")
     results = folder.load_folds()
@@ -352,9 +357,9 @@ def _rounding_loss(model: "Model", path: Path, frames: "Frames", corpus: "Corpus
     right = [100 * float((p.argmax(axis=1) == corpus.targets).mean()) for p in (exact, rounded)]
     changed = int((exact.argmax(axis=1) != rounded.argmax(axis=1)).sum())
     return (
-        f"float16: {path.stat().st_size / 1e6:.2f} MB; of {len(frames)} training utterances {changed} get another "
-        f"label than with float32 ({right[0]:.2f} % right with float32, {right[1]:.2f} % with float16), and no "
-        f"probability changes by more than {np.abs(exact - rounded).max():.1e}"
+        f"float16: {path.stat().st_size / 1e6:.2f} MB; another label than with float32 for {changed} of "
+        f"{count(len(frames), 'training utterances')} ({right[0]:.2f} % right with float32, {right[1]:.2f} % with "
+        f"float16), and no probability changes by more than {np.abs(exact - rounded).max():.1e}"
     )
 
 

@@ -4,21 +4,24 @@
 the run folder. A fold is a function of corpus, settings and seed alone: where it is computed changes nothing.
 """
 
+import asyncio
 import contextlib
 import io
+import logging
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from npser.cli import count
 from npser.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
@@ -89,13 +92,16 @@ def _corpus(
     return corpus, read_versions(corpus, backend, threads, speeds)
 
 
-def run_folds(executor: Executor, jobs: Iterable[Job], folder: "RunFolder", at_once: int) -> None:
+def run_folds(
+    executor: Executor, jobs: Iterable[Job], folder: "RunFolder", at_once: int, total: int | None = None
+) -> None:
     """Compute the folds, at most `at_once` of them at a time, and save each as soon as it is there.
 
     Whatever a fold raises is raised here, and no further fold is begun; those that are finished are kept.
+    total: how many there were in the beginning, for the lines that count them (default: these).
     """
     waiting = list(jobs)
-    total, running = len(waiting), dict[Future[Any], Job]()
+    total, running = total or len(waiting), dict[Future[Any], Job]()
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
@@ -126,16 +132,24 @@ def run_locally(
     make: a pool of so many workers (default: spawned processes).
     """
     left = list(jobs)
+    total = len(left)
+    _announce(total, min(workers, len(left)), "this machine")
     for _ in range(LOST):
         try:
             with (make or spawned)(min(workers, len(left))) as executor:
-                run_folds(executor, left, folder, workers)
+                run_folds(executor, left, folder, workers, total)
             return
         except BrokenProcessPool:  # a dead process takes its pool along
             print("a worker died (killed, or out of memory): unfinished folds start again", file=sys.stderr, flush=True)
             finished = set(folder.finished())
             left = [job for job in left if (job.repeat, job.fold) not in finished]
     raise RunFailed(f"workers died {LOST} times: use fewer --workers; the finished folds are kept")
+
+
+def _announce(folds: int, workers: int, where: str) -> None:
+    """The first line, because minutes may pass before the next."""
+    done_by = f"{count(folds, 'folds')} for {count(workers, 'workers')} on {where}"
+    print(f"{done_by}; a line for each that is done", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -173,15 +187,29 @@ def _end_with_parent(listener: "Connection") -> None:
 def run_on_dask(jobs: Iterable[Job], folder: "RunFolder", address: str) -> None:
     """`run_folds` on the workers of a dask.distributed scheduler; a fold whose worker is lost goes to another one.
 
-    UserError when no scheduler answers or its workers cannot be used.
+    UserError when no scheduler answers or its workers cannot be used, RunFailed when the scheduler is lost.
     """
     try:
-        from distributed import Client, KilledWorker
+        from distributed import Client, KilledWorker, Security
+        from distributed.comm import connect
     except ImportError as error:
         raise UserError("--dask: needs dask.distributed: pip install 'npser[dask]'") from error
+
+    def finds_npser() -> bool:  # goes to the workers as code, because its name would need npser there
+        from importlib.util import find_spec
+
+        return find_spec("npser") is not None
+
+    async def knock() -> None:
+        comm = await connect(address, timeout=10, **Security().get_connection_args("client"))
+        comm.abort()
+
+    for logger in ("distributed", "distributed.client"):  # what they would log is said below, in one line
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
     try:
+        asyncio.run(knock())  # a Client that finds nobody prints tracebacks of its own as it goes
         client = Client(address, timeout=10, set_as_default=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"--dask {address}: no scheduler answers there ({' '.join(str(error).split())})") from error
     with client:
         threads = client.nthreads().values()
@@ -189,8 +217,15 @@ def run_on_dask(jobs: Iterable[Job], folder: "RunFolder", address: str) -> None:
             raise UserError(f"--dask {address}: no worker is connected: dask worker --nthreads 1 {address}")
         if max(threads) > 1:  # the kernels run threads of their own, and must not be called from several at once
             raise UserError(f"--dask {address}: workers must compute one fold at a time: start them with --nthreads 1")
+        if bare := [worker for worker, found in client.run(finds_npser).items() if not found]:
+            raise UserError(f"--dask {address}: the worker {bare[0]} has no npser: install it there")
         jobs = list(jobs)
+        _announce(len(jobs), len(threads), address)
         try:
             run_folds(client.get_executor(pure=False), jobs, folder, len(jobs))
         except KilledWorker as error:
             raise RunFailed("--dask: a fold lost its worker several times; the finished folds are kept") from error
+        except CancelledError as error:
+            raise RunFailed(
+                f"--dask {address}: the scheduler is gone; the finished folds are kept, the same command goes on"
+            ) from error

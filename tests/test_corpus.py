@@ -13,7 +13,7 @@ import pytest
 import soundfile
 from conftest import ROOT
 
-from npser.audio import SAMPLE_RATE, read_audio
+from npser.audio import AUDIO_SUFFIXES, SAMPLE_RATE, read_audio
 from npser.corpus import PAPER_LABELS, cross_corpus, open_corpus
 from npser.errors import UserError
 
@@ -67,6 +67,20 @@ def test_reads_format(place, name, subtype, bound):
     assert samples.flags.c_contiguous
     assert samples.shape == (SAMPLE_RATE,)
     np.testing.assert_allclose(samples, tone(), atol=bound)
+
+
+@pytest.mark.parametrize("suffix", AUDIO_SUFFIXES)
+def test_every_suffix_is_found_and_read(suffix, tmp_path):
+    form = {".oga": "OGG", ".opus": "OGG", ".aif": "AIFF", ".aifc": "AIFF", ".snd": "AU"}.get(suffix)
+    rate, subtype = (48000, "OPUS") if suffix == ".opus" else (16000, None)
+    for emotion, frequency in (("low", 200), ("high", 900)):
+        (tmp_path / emotion).mkdir()
+        with open(tmp_path / emotion / f"a{suffix}", "wb") as file:
+            soundfile.write(file, tone(1.0, rate, frequency), rate, subtype, format=form or suffix[1:].upper())
+    corpus = open_corpus(str(tmp_path))
+    for utterance in corpus.utterances:
+        spectrum = np.abs(np.fft.rfft(corpus.read(utterance)[:SAMPLE_RATE]))  # codecs may pad
+        assert abs(spectrum.argmax() - {"low": 200, "high": 900}[utterance.emotion]) <= 1
 
 
 def test_reads_mp3(place):

@@ -1,6 +1,8 @@
 """ONNX: every network gives ONNX Runtime's probabilities, and a wrong translation is not written."""
 
+import errno
 import json
+import os
 import sys
 
 import numpy as np
@@ -76,21 +78,29 @@ def test_a_wrong_translation_is_not_written(tmp_path, monkeypatch):
     assert not (tmp_path / "m.onnx").exists()
 
 
+def no_space(path):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 @pytest.mark.usefixtures("tools")
-def test_wrong_use(tmp_path):
+def test_wrong_use(tmp_path, monkeypatch):
     model = build_model("lstm", hidden=4, bins=8)
     model.save(tmp_path / "m.npz")
+    (tmp_path / "folder.onnx").mkdir()
     for arguments, said in [
         (("m.npz", "m.onnx"), r"m\.npz: the model holds no feature statistics"),
         (("m.npz", "m.pb"), r"something\.onnx"),
         (("absent.npz", "m.onnx"), "no such file"),
+        (("m.npz", "absent/m.onnx"), "no file can be written there"),
+        (("m.npz", "folder.onnx"), "no file can be written there"),
     ]:
         with pytest.raises(UserError, match=said):
             main([str(tmp_path / argument) for argument in arguments])
     model.scale = Standardisation(np.zeros(8, np.float32), np.ones(8, np.float32))
     model.save(tmp_path / "m.npz")
-    with pytest.raises(RunFailed, match="cannot be written"):
-        main([str(tmp_path / "m.npz"), str(tmp_path / "absent" / "m.onnx")])
+    monkeypatch.setattr(export, "replacing", no_space)
+    with pytest.raises(RunFailed, match=r"m\.onnx: cannot be written \(No space left on device\)"):
+        main([str(tmp_path / "m.npz"), str(tmp_path / "m.onnx")])
 
 
 def test_missing_packages_are_asked_for_in_one_line(tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ def test_counts_durations_and_what_is_left_out(corpus, capsys):
         ["all", "1", "2", "1", "4"],
     ]
     assert "10 s in all; 1.00 to 4.00 s, mean 2.50 s; sampled at 16000 Hz (4)" in out
-    assert out[-2:] == ["left out: 1 files", "  wav/other.wav: not an EMO-DB file name"]
+    assert out[-2:] == ["left out: 1 file", "  wav/other.wav: not an EMO-DB file name"]
 
 
 def test_many_skipped_files_are_cut(corpus, capsys):

@@ -41,7 +41,9 @@ def test_parts_of_a_run_are_put_together(tmp_path, capsys):
     main([str(whole)])
     expected = capsys.readouterr().out
     assert main([str(first), str(second)]) == 0
-    assert capsys.readouterr().out == expected
+    captured = capsys.readouterr()
+    assert captured.out == expected
+    assert captured.err == "npser.report: 2 folders of 1 run: those with the same settings are put together\n"
 
 
 def test_a_run_without_folds_cannot_be_compared(tmp_path):
@@ -60,14 +62,23 @@ def test_listeners_stand_beside_the_confused(tmp_path, capsys):
     main([str(run), "--listeners", str(file)])
     out = capsys.readouterr().out
     assert re.search(r"^0\.wav +neutral +anger +2 of 2 +10\.0 +65$", out, re.MULTILINE)
-    assert "On the 1 utterances that the network always confused their mean is 65.0" in " ".join(out.split())
+    assert "On the 1 utterance that the network always confused their mean is 65.0" in " ".join(out.split())
+    other = run_folder(tmp_path / "other", [make_fold(0, 0, [1, 0, 1, 1], truth)], corpus="emodb-to-ravdess")
+    main([str(other), "--listeners", str(file)])
+    assert "listeners" in capsys.readouterr().out
+    with pytest.raises(UserError, match="leave it away"):
+        main([str(run), str(other), "--listeners", str(file)])
 
 
-def test_matplotlib_is_asked_for_in_one_line(tmp_path, monkeypatch):
+def test_matplotlib_is_asked_for_in_one_line_before_anything_is_printed(tmp_path, monkeypatch, capsys):
     run = run_folder(tmp_path / "run", four_folds())
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=r"pip install 'npser\[plot\]'"):
         main([str(run), "--plots"])
+    with pytest.raises(UserError, match="nothing to draw"):
+        main([str(run_folder(tmp_path / "empty", [])), "--plots"])
+    assert capsys.readouterr().out == ""
+    assert not list(tmp_path.rglob("plots"))
 
 
 class Page(HTMLParser):
@@ -101,7 +112,9 @@ def checked_page(path, figures):
     page = Page()
     page.feed(path.read_text())
     assert page.open == []
-    assert page.counts["svg"] == figures
+    assert page.counts["svg"] == page.counts["figcaption"] == figures
+    assert "metadata" not in page.counts  # of matplotlib, with addresses in it
+    assert path.read_text().count('role="img" aria-label="') == figures
     assert len(set(page.identifiers)) == len(page.identifiers)
     inside = [r for r in page.references if not r.startswith("data:")]
     assert inside

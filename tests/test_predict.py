@@ -2,8 +2,10 @@
 
 import csv
 import io
+import itertools
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -155,6 +157,58 @@ def test_verbose_says_how_fast_it_was(model_file, folder):
     assert "lstm trained on tones, no cross-validation score" in result.stderr
     assert "2 recordings, 4.0 s of audio, 14 windows in" in result.stderr
     assert "times real time" in result.stderr
+
+
+def test_one_recording_is_one(model_file, folder):
+    result = run_module("npser.predict", model_file, folder / "deep" / "short.wav", "--verbose", "--threads", "1")
+    assert "backend cpu, 1 thread\n" in result.stderr
+    assert "1 recording, 0.2 s of audio, 1 window in" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("streams", "status", "said"),
+    [
+        ("<&-", 2, "npser.predict: -: there is no standard input: it is closed\n"),
+        ("< a.wav > /dev/full", 1, "npser.predict: standard output cannot be written (No space left on device)\n"),
+        ("< a.wav >&-", 0, ""),
+        ("< notes.txt 2>&-", 2, ""),
+    ],
+)
+def test_standard_streams_that_are_closed_or_full(model_file, folder, streams, status, said):
+    command = ["sh", "-c", f"{sys.executable} -m npser.predict {model_file} - {streams}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
+    assert (result.returncode, result.stderr) == (status, said)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_sees_how_far_a_long_recording_is(model, folder, monkeypatch):
+    """By a clock that goes on by two seconds whenever somebody looks."""
+    times = itertools.count(0, 2)
+    monkeypatch.setattr(predict.time, "monotonic", lambda: float(next(times)))
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    out, path = io.StringIO(), str(folder / "b.flac")
+    predict.label_all(model, [predict.Input("b.flac", path)], 20, predict.JSONLines(LABELS, False, out), False)
+    drawn = sys.stderr.getvalue().split("\r\x1b[K")
+    assert drawn[1] == "b.flac  reading, 0:00:02.0"
+    assert re.fullmatch(r"b\.flac  0:00:01\.0 of 0:00:02\.0  \d times real time", drawn[2])
+    assert len(drawn) == 10  # what it began with, the reading, seven windows
+    assert drawn[-1] == ""  # nothing of it stays
+    assert json.loads(out.getvalue())["file"] == "b.flac"
+
+
+def test_help_breaks_neither_examples_nor_options(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        predict.main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "  python -m npser.predict model.npz recordings/ --csv > labels.csv" in lines
+    assert not [line for line in lines if line.endswith("-")]
+    assert max(map(len, lines)) <= 80
 
 
 def test_wrong_use_is_one_line(model_file, folder, tmp_path, capsys):

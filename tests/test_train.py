@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from npser.errors import RunFailed, UserError
 from npser.features import FRAME, HOP
 from npser.models import load_model
 from npser.optim import SGD
+from npser.packed import pack
+from npser.runfolder import RunFolder
 
 # The lstm is the fastest of the three networks; a hop of 40 frames leaves one or two windows per tone.
 SHORT = ("--arch", "lstm", "--folds", "2", "--repeats", "1", "--epochs", "3", "--segment-hop", "40")
@@ -292,7 +295,8 @@ def test_other_file_names_in_emodb_are_skipped_named_and_counted(tmp_path):
     result = run_module("npser.train", *command, "--out", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     assert "holiday.wav: not an EMO-DB file name" in result.stderr
-    assert "skipped 1 file" in result.stderr
+    assert "skipped 1 file in all" in result.stderr
+    assert "1 epoch of windows" in result.stdout
 
 
 def test_train_on_one_corpus_and_test_on_another(tones, tmp_path):
@@ -300,10 +304,14 @@ def test_train_on_one_corpus_and_test_on_another(tones, tmp_path):
         write_tone(tmp_path / "other" / "happy" / f"{n}.wav", 700 + n)
         write_tone(tmp_path / "other" / "sadness" / f"{n}.wav", 170 + n)
         write_tone(tmp_path / "other" / "calm" / f"{n}.wav", 170 + n)
+    write_tone(tmp_path / "other" / "loose.wav", 170)
     options = ("--arch", "lstm", "--repeats", "1", "--epochs", "1", "--segment-hop", "40", "--out", tmp_path / "out")
     result = run_module("npser.train", *options, "--data", tones, "--test-data", tmp_path / "other")
     assert result.returncode == 0, result.stderr
+    assert "20 utterances (14 to train on, 6 to test on), 2 emotions" in result.stdout
     assert "1 fold, training and test as given, x 1 repeat" in result.stdout
+    first = result.stderr.splitlines()[0]
+    assert first.startswith("skipped other/loose.wav")  # not hidden behind the emotion that only one of them has
     fold = json.loads((tmp_path / "out" / "folds" / "r0f0.json").read_text())
     assert sorted(u["file"] for u in fold["utterances"]) == [
         f"other/{emotion}/{n}.wav" for emotion in ("happy", "sadness") for n in range(3)
@@ -327,7 +335,7 @@ def test_model_with_the_score_of_its_cross_validation_stored_as_float16(finished
     options += ["--data", tones, "--cv", "none", "--out", tmp_path / "out", "--save", tmp_path / "m.npz"]
     result = run_module("npser.train", *options, "--score-from", finished, "--storage", "float16")
     assert result.returncode == 0, result.stderr
-    loss = re.search(r"float16: 0\.\d+ MB; of 14 training utterances (\d+) get another label", result.stdout)
+    loss = re.search(r"float16: 0\.\d+ MB; another label than with float32 for \d of 14 training utt", result.stdout)
     assert loss
     assert "no probability changes by more than" in result.stdout
     model = load_model(tmp_path / "m.npz")
@@ -340,12 +348,32 @@ def test_model_with_the_score_of_its_cross_validation_stored_as_float16(finished
     assert model.cross_validation["folds"] == 2
     assert model.cross_validation["uar"] == pytest.approx(np.mean(np.diagonal(matrix) / matrix.sum(axis=1)))
     assert model.training["corpus"] in result.stdout
+    folder = RunFolder.open(finished)
+    pack(folder.config, folder.load_folds(), tmp_path / "run.json.xz")
+    packed = train._measured_score(tmp_path / "run.json.xz", dict(folder.config))
+    assert packed["uar"] == model.cross_validation["uar"]
+
+
+def test_a_model_on_everything_does_not_stand_in_the_way_of_its_cross_validation(finished, tones, tmp_path):
+    usual = tmp_path / "runs" / f"lstm-{tones.name}-s0"
+    shutil.copytree(finished, usual)
+    before = sorted(path.name for path in usual.iterdir())
+    options = ("--arch", "lstm", "--data", tones, "--cv", "none", "--epochs", "3", "--segment-hop", "40")
+    result = run_module("npser.train", *options, "--score-from", usual, "--save", "m.npz", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert load_model(tmp_path / "m.npz").cross_validation["folds"] == 2
+    assert sorted(path.name for path in usual.iterdir()) == before
+    assert (tmp_path / "runs" / f"lstm-{tones.name}-s0-all" / "config.json").exists()
 
 
 def test_the_score_of_another_training_is_refused(finished, tones, tmp_path):
+    other = tmp_path / "other"
+    write_tone(other / "low" / "a.wav", 200)
+    write_tone(other / "high" / "a.wav", 700)
     base = ["--arch", "lstm", "--data", str(tones), "--cv", "none", "--out", str(tmp_path / "o"), "--epochs", "3"]
     for options, said in [
         (["--segment-hop", "8", "--score-from", str(finished)], "its segment_hop are not"),
+        (["--segment-hop", "40", "--data", str(other), "--score-from", str(finished)], "its utterances, labels are"),
         (["--segment-hop", "40", "--score-from", str(tmp_path)], "not a run folder"),
         (["--cv", "stratified", "--storage", "float16"], "no single model"),
     ]:

@@ -115,7 +115,10 @@ def test_a_killed_worker_costs_its_fold_only(folder, tmp_path, monkeypatch, caps
     monkeypatch.setattr(workers, "compute", die_once)  # sent to the workers by name
     workers.run_locally([job(n) for n in range(4)], folder, 2)
     assert folder.finished() == [(0, n) for n in range(4)]
-    assert capsys.readouterr().err.count("a worker died") == 1
+    first, *_, last = lines = capsys.readouterr().err.splitlines()
+    assert first == "4 folds for 2 workers on this machine; a line for each that is done"
+    assert sum("a worker died" in line for line in lines) == 1
+    assert last.endswith("; 4 of 4")
 
 
 def test_workers_that_die_again_and_again_end_the_run(folder):
@@ -129,7 +132,7 @@ def test_workers_that_die_again_and_again_end_the_run(folder):
 
 def test_wrong_use(tones, tmp_path):
     base = ["--arch", "lstm", "--data", str(tones), "--out", str(tmp_path)]
-    with pytest.raises(UserError, match="they share 1 threads"):
+    with pytest.raises(UserError, match="they share 1 thread: use"):
         train.main([*base, "--threads", "1", "--workers", "2"])
     with pytest.raises(UserError, match="no folds with --cv none"):
         train.main([*base, "--cv", "none", "--workers", "2"])
@@ -215,6 +218,61 @@ def test_dask_that_cannot_be_used(cluster, tones, tmp_path):
     cluster.wait_for(1)
     with pytest.raises(UserError, match="--nthreads 1"):
         train.main([*base, "--dask", cluster.address])
+
+
+def test_a_worker_without_npser_is_named(cluster, tones, tmp_path):
+    """It would die of the first fold, and so would the next one that is given it."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text("import sys; sys.modules['npser'] = None")
+    cluster.environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    cluster.worker()
+    cluster.wait_for(1)
+    base = ["--arch", "lstm", "--data", str(tones), "--out", str(tmp_path / "o"), "--threads", "1", "--folds", "2"]
+    with pytest.raises(UserError, match=r"the worker tcp://.* has no npser"):
+        train.main([*base, "--dask", cluster.address])
+
+
+def test_a_lost_scheduler_is_one_line(cluster, tones, tmp_path):
+    cluster.worker()
+    cluster.wait_for(1)
+    command = [sys.executable, "-m", "npser.train", *SHORT, "--data", tones, "--out", tmp_path / "o"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "1s"}
+    run = subprocess.Popen([*command, "--dask", cluster.address], env=environment, stderr=subprocess.PIPE, text=True)
+    for line in run.stderr:
+        if " for 1 worker on " in line:
+            cluster.processes[0].kill()
+            break
+    rest = run.stderr.read().splitlines()
+    assert run.wait(timeout=300) == 1, rest
+    assert rest[-1].startswith(f"npser.train: --dask {cluster.address}: the scheduler is gone")
+    assert len(rest) == 1, rest
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("somewhere", "missing port number"),
+        ("bad://127.0.0.1:1", "unknown address scheme"),
+        ("tls://127.0.0.1:1", "TLS expects"),
+        ("", "no address given"),
+    ],
+)
+def test_an_address_where_no_scheduler_is(tones, tmp_path, address, said):
+    """One line: a Client of distributed that finds nobody adds tracebacks of its own."""
+    pytest.importorskip("distributed", reason="needs pip install 'npser[dask]'")
+    result = run_module("npser.train", *SHORT, "--data", tones, "--out", tmp_path / "o", "--dask", address)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("npser.train: --dask")
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_run_that_is_done_asks_for_no_scheduler(tones, tmp_path):
+    command = ("npser.train", *SHORT, "--data", tones, "--out", tmp_path / "o")
+    assert run_module(*command).returncode == 0
+    again = run_module(*command, "--dask", "tcp://127.0.0.1:9")
+    assert (again.returncode, again.stderr) == (0, "")
+    assert "3 of 3 folds are finished already" in again.stdout
 
 
 def test_without_dask(tones, tmp_path, monkeypatch):
