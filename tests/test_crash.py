@@ -115,9 +115,9 @@ def interrupt(process, number, twice, moment, rng):
     if number == signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL, log
         return "in time"
-    # Nothing of ours was running yet: Python itself answered, perhaps before it had read its own libraries.
+    # Nothing of ours was running yet: Python itself answered, in its own way, as it read its libraries or ours.
     ours = re.search(r'npser/cli\.py", line \d+, in (?!<module>)', log)
-    if not ours and (process.returncode == -number or "Fatal Python error: init" in log):
+    if not ours and (process.returncode == -number or "KeyboardInterrupt" in log):
         return "in the first moments"
     assert process.returncode == 130, log
     one_line(log, "interrupted")
