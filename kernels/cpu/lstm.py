@@ -4,8 +4,8 @@ Floor for z (B, T, 4H): 2*B*T*H*4H operations forward, the same backward. Sequen
 walks its share of them through all time steps, and no step waits for another thread. The recurrent weights are packed
 in the order of their use: a slice of them serves all sequences of the thread before the next one is touched, so that
 it is read from the second-level cache (all 4H*H weights fit there at H = 128) or once per step from beyond (H = 1024).
-The lstm network's training step at batch 32, a third of which is spent here, comes to 54 % of the peak, its inference to
-59 %.
+The lstm network's training step at batch 32, a third of which is spent here, comes to 54 % of the peak, its inference
+to 59 %.
 
 A forward tile holds ROWS sequences x LANES hidden units x 4 gates in registers; what follows the product (sigmoid,
 tanh, the cell) happens there. H is padded with zeros to whole groups of vectors: the added units have weights 0,
