@@ -81,8 +81,8 @@ def _each_on_its_own(model: Model, group: Sequence[Recording]) -> Array:
 
 def _cnn(model: Model, group: Sequence[Recording]) -> Array:
     convolutions, *rest = model.layers.layers
-    x = np.concatenate([_features(convolutions, frames, starts, model.input_frames) for frames, starts in group])
-    return Sequential(rest).forward(x, None)
+    x = [_features(convolutions, frames, starts, model.input_frames) for frames, starts in group]
+    return Sequential(rest).forward(_stacked(x), None)
 
 
 def _lstm(model: Model, group: Sequence[Recording]) -> Array:
@@ -105,11 +105,16 @@ def _tdcnn(model: Model, group: Sequence[Recording]) -> Array:
         x.append(_features(blocks.layer, frames, distinct, length))
         places.append(place.reshape(windows.shape) + before)
         before += len(distinct)
-    z = first.project(np.concatenate(x))
+    z = first.project(_stacked(x))
     return Sequential(rest).forward(first.recur(z[np.concatenate(places)]), None)
 
 
 _NETWORKS = {"cnn": _cnn, "lstm": _lstm, "tdcnn": _tdcnn}
+
+
+def _stacked(x: Sequence[Array]) -> Array:
+    """The features of all recordings; those of a single long one, which are large, are not copied."""
+    return x[0] if len(x) == 1 else np.concatenate(x)
 
 
 # --- convolutions that windows share -----------------------------------------------------------------------------

@@ -74,3 +74,9 @@ def test_convolutions_run_once_over_a_recording(monkeypatch):
     window_probabilities(model, windows.recordings())
     assert len(windows) == 20
     assert sum(seen) == 64 + 8 * 19 + 20 * 16
+
+
+def test_the_features_of_one_long_recording_are_not_copied():
+    x = np.ones((3, 2), np.float32)
+    assert inference._stacked([x]) is x
+    assert inference._stacked([x, x]).shape == (6, 2)
