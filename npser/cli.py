@@ -83,6 +83,10 @@ def run(command: str, main: Callable[[], int]) -> None:
         try:
             status = main()
             sys.stdout.flush()
+        except Exception as error:
+            if _interrupted.is_set():  # what was broken off has made another error of it: Python does, in a class
+                raise KeyboardInterrupt from error
+            raise
         finally:
             _on_signals(signal.SIG_IGN)  # the end is near: its message is not to be interrupted
     except UserError as error:
@@ -124,8 +128,12 @@ def _on_signals(handler: Any) -> None:
                 signal.signal(number, handler)
 
 
+_interrupted = threading.Event()
+
+
 def _interrupt(number: int, frame: object) -> NoReturn:
     _on_signals(signal.SIG_IGN)
+    _interrupted.set()
     raise KeyboardInterrupt
 
 

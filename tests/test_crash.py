@@ -156,6 +156,24 @@ def test_killed_at_many_random_moments(undisturbed, tmp_path, capsys):
             print(f"  {what}: {n} {when}")
 
 
+def test_an_interruption_that_becomes_another_error_is_one():
+    """A class's attributes, being named as it is imported, turn KeyboardInterrupt into RuntimeError."""
+    script = """if True:
+        import os, signal, time
+        from npser.cli import run
+        def main():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(60)
+            except KeyboardInterrupt as error:
+                raise RuntimeError("Error calling __set_name__") from error
+        run("npser.train", main)"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    assert (done.returncode, done.stderr) == (130, "npser.train: interrupted\n")
+
+
 # --- at every file operation -------------------------------------------------------------------------------------
 
 
