@@ -147,14 +147,6 @@ def update_product(
         k.store(w + at, k.load(w + at) + step)
 
 
-@kernel
-def ask_for(k: Emitter, p: Ptr, row: Int, rows: Int, vectors: Int) -> None:
-    """Start to bring `rows` rows of `vectors` vectors into the cache; row leads from one to the next."""
-    for r in k.range(rows):
-        for i in k.range(vectors):
-            k.prefetch(p + row * r + i * LANES)
-
-
 # --- packing -----------------------------------------------------------------------------------------------------
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels.cpu.matmul import COLUMNS as PANEL
-from kernels.cpu.matmul import ask_for, pack_all_columns, pack_columns
+from kernels.cpu.matmul import pack_all_columns, pack_columns
 from kernels.cpu.simd import LANES, Bytes, Emitter, Int, Ptr, Var, Vec, kernel
 from kernels.cpu.tools import Array, compiled, round_up, scratch, thread_id
 
@@ -169,6 +169,14 @@ def add_dots(k: Emitter, places: Bytes, count: Int, panels: Ptr, panel: Int, w: 
         for v, row in enumerate(_row(k, panels, panel, places, i)):
             products[v % 2] += ws[v] * row
         k.store(sums + i * LANES, products[0] + products[1])
+
+
+@kernel
+def ask_for(k: Emitter, p: Ptr, row: Int, rows: Int, vectors: Int) -> None:
+    """Start to bring `rows` rows of `vectors` vectors into the cache; row leads from one to the next."""
+    for r in k.range(rows):
+        for i in k.range(vectors):
+            k.prefetch(p + row * r + i * LANES)
 
 
 @kernel
