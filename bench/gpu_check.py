@@ -162,6 +162,7 @@ def check_operations(precision: str) -> Results:
         z, wh, dh = numbers(B, T, 4 * H), numbers(H, 4 * H) / np.float32(H**0.5), numbers(B, T, H)
         _, c, gates = compare(title, "lstm_forward", z, wh)
         compare(title, "lstm_backward", dh, gates, c, wh)
+        compare(title, "lstm_inference", numbers(B, T, 128), numbers(128, 4 * H) / np.float32(128**0.5), wh, z[0, 0])
     if precision != "float32":
         return results  # nothing else depends on it
     for title, (B, T, F, C, O) in BLOCKS.items():

@@ -23,6 +23,7 @@ Arrays are NumPy's, or the GPU's own: `kernels.arrays(k)` is the module that mak
 | dense, with the update fused |                                   | dense_update_weights(x, dy, w, v, ..)         |
 | dropout                      | dropout(x, rate, key)             | the same: dropout(dy, rate, key)              |
 | LSTM over a sequence         | lstm_forward(z, wh)               | lstm_backward(dh, gates, c, wh)               |
+| ... from inputs to states    | lstm_inference(x, wx, wh, b)      |                                               |
 | softmax                      | softmax(logits)                   |                                               |
 | cross-entropy                | cross_entropy_forward(logits, ..) | cross_entropy_backward(p, targets)            |
 | SGD with momentum            | sgd_update(w, v, dw, ..)          |                                               |

@@ -232,6 +232,15 @@ def lstm_forward(z: Array, wh: Array) -> tuple[Array, Array, Array]:
     return h, c, gates
 
 
+def lstm_inference(x: Array, wx: Array, wh: Array, b: Array) -> Array:
+    """h (B, T, H) of a whole layer from its inputs x (B, T, I), where nothing need be kept for backward.
+
+    wx (I, 4H), b (4H,): `lstm_forward` of the input projections.
+    """
+    B, T, I = x.shape
+    return lstm_forward(dense_forward(x.reshape(B * T, I), wx, b).reshape(B, T, -1), wh)[0]
+
+
 def lstm_backward(dh: Array, gates: Array, c: Array, wh: Array) -> Array:
     """Back-propagation through time of `lstm_forward`: dz (B, T, 4H), the gradient of the pre-activations.
 

@@ -82,7 +82,7 @@ def _each_on_its_own(model: Model, group: Sequence[Recording]) -> Array:
 def _cnn(model: Model, group: Sequence[Recording]) -> Array:
     convolutions, *rest = model.layers.layers
     x = [_features(convolutions, frames, starts, model.input_frames) for frames, starts in group]
-    return Sequential(rest).forward(_stacked(x), None)
+    return Sequential(rest).infer(_stacked(x))
 
 
 def _lstm(model: Model, group: Sequence[Recording]) -> Array:
@@ -90,7 +90,7 @@ def _lstm(model: Model, group: Sequence[Recording]) -> Array:
     assert isinstance(first, LSTM)
     frames, starts = _joined(group)
     z = first.project(frames)
-    return Sequential(rest).forward(first.recur(z[starts[:, None] + np.arange(model.input_frames)]), None)
+    return Sequential(rest).infer(first.recur(z[starts[:, None] + np.arange(model.input_frames)]))
 
 
 def _tdcnn(model: Model, group: Sequence[Recording]) -> Array:
@@ -106,7 +106,7 @@ def _tdcnn(model: Model, group: Sequence[Recording]) -> Array:
         places.append(place.reshape(windows.shape) + before)
         before += len(distinct)
     z = first.project(_stacked(x))
-    return Sequential(rest).forward(first.recur(z[np.concatenate(places)]), None)
+    return Sequential(rest).infer(first.recur(z[np.concatenate(places)]))
 
 
 _NETWORKS = {"cnn": _cnn, "lstm": _lstm, "tdcnn": _tdcnn}
@@ -123,18 +123,18 @@ def _stacked(x: Sequence[Array]) -> Array:
 def _features(convolutions: Layer, frames: Array, starts: Indices, length: int) -> Array:
     """The output of the convolution blocks for each window of `length` frames: (N, bins), (W,) -> (W, features)."""
     if length % ROW or length < EDGE:
-        return convolutions.forward(frames[starts[:, None] + np.arange(length)], None)
+        return convolutions.infer(frames[starts[:, None] + np.arange(length)])
     rows = length // ROW
     x: Array | None = None
     for phase in np.unique(starts % ROW):
         which = np.flatnonzero(starts % ROW == phase)
         begins = starts[which]
         whole = frames[phase : begins[-1] + length]
-        maps = convolutions.forward(whole[None], None).reshape(len(whole) // ROW, -1)  # (rows of the piece, features)
+        maps = convolutions.infer(whole[None]).reshape(len(whole) // ROW, -1)  # (rows of the piece, features)
         if x is None:
             x = np.empty((len(starts), rows, maps.shape[1]), maps.dtype)
         first, last = (
-            convolutions.forward(frames[at[:, None] + np.arange(EDGE)], None).reshape(len(at), EDGE // ROW, -1)
+            convolutions.infer(frames[at[:, None] + np.arange(EDGE)]).reshape(len(at), EDGE // ROW, -1)
             for at in (begins, begins + length - EDGE)
         )
         for i, row in zip(which, (begins - phase) // ROW, strict=True):

@@ -7,6 +7,10 @@ Every layer is called forward and then backward, with the same batch:
     dx = layer.backward(dy, sink, need_dx)     hands the gradients of its parameters to the sink (`npser.optim`);
                                                dx is None where the caller has no use for it
 
+or asked for its answer alone, with dropout off, which may be quicker where nothing is kept for a backward:
+
+    y = layer.infer(x)
+
 `params` holds the layer's own arrays under their full names ("conv1.w"). An update changes them in place, so dx is
 computed before the sink is called. `k` is the rung of `kernels` that computes; numbers are moved by the functions of
 `kernels.arrays(k)`, because the arrays may be on a GPU. Shape letters are those of `kernels`.
@@ -32,6 +36,9 @@ class Layer:
 
     def backward(self, dy: Array, sink: Sink, need_dx: bool) -> Array | None:
         raise NotImplementedError
+
+    def infer(self, x: Array) -> Array:
+        return self.forward(x, None)
 
 
 # --- layers that compute -----------------------------------------------------------------------------------------
@@ -88,6 +95,9 @@ class LSTM(Layer):
     def forward(self, x: Array, n: int | None) -> Array:
         B, T, I = x.shape
         return self.recur(self.project(x.reshape(B * T, I)).reshape(B, T, -1))
+
+    def infer(self, x: Array) -> Array:
+        return self.k.lstm_inference(x, *self.params.values())
 
     def backward(self, dy: Array, sink: Sink, need_dx: bool) -> Array | None:
         B, T, _ = dy.shape
@@ -223,6 +233,11 @@ class Sequential(Layer):
     def forward(self, x: Array, n: int | None) -> Array:
         for layer in self.layers:
             x = layer.forward(x, n)
+        return x
+
+    def infer(self, x: Array) -> Array:
+        for layer in self.layers:
+            x = layer.infer(x)
         return x
 
     def backward(self, dy: Array, sink: Sink, need_dx: bool) -> Array | None:

@@ -216,6 +216,9 @@ class Model:
         self._check_shape(x)
         return self.layers.forward(self.arrays.asarray(x, self.dtype), n)
 
+    def _inferred(self, x: Array) -> Array:
+        return self.k.softmax(self.layers.infer(self.arrays.asarray(x, self.dtype)))
+
     def distinct_windows(self, starts: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         """tdcnn: where the distinct windows of samples that begin at `starts` (B,) begin, (D,), and `place` (B, 4)."""
         windows = starts[:, None] + WINDOW_HOP * np.arange(WINDOWS)
@@ -257,7 +260,7 @@ class Model:
     def predict_proba(self, x: Array, batch_size: int = 32) -> Array:
         """Class probabilities (B, K) of B windows, computed in batches to bound the memory."""
         self._check_shape(x)  # of an empty batch, too
-        parts = [self.k.softmax(self._logits(x[i : i + batch_size], None)) for i in range(0, len(x), batch_size)]
+        parts = [self._inferred(x[i : i + batch_size]) for i in range(0, len(x), batch_size)]
         nothing = np.empty((0, self.settings["classes"]), self.dtype)
         return np.concatenate([nothing, *map(self.arrays.asnumpy, parts)])
 

@@ -211,6 +211,7 @@ def test_lstm(B, T, H):
     z, wh, dh = numbers(B, T, 4 * H), numbers(H, 4 * H), numbers(B, T, H)
     _, c, gates = agree("lstm_forward", z, wh)
     agree("lstm_backward", dh, arrays.asnumpy(gates), arrays.asnumpy(c), wh)
+    agree("lstm_inference", numbers(B, T, 2), numbers(2, 4 * H), wh, numbers(4 * H))
 
 
 @pytest.mark.parametrize("bytes_granted", [0, 250, 300, 10**6])

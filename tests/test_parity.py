@@ -27,8 +27,8 @@ from hypothesis import strategies as st
 
 import kernels
 from kernels import cpu, reference
+from kernels.cpu import lstm, sparse, strips, winograd
 from kernels.cpu import matmul as matmul_module
-from kernels.cpu import sparse, strips, winograd
 from kernels.cpu.matmul import BLOCK, COLUMNS, ROWS, matmul, matmul_transposed
 from kernels.reference import DEAD
 
@@ -495,6 +495,30 @@ def test_lstm(make, B, T, H, big_z, big_dh):
     assert_within(cpu.lstm_backward(dh, LAYOUTS[make.layout](gates), c, wh), truth, behind, "dz")
 
 
+@few_examples
+@given(numbers, st.integers(1, 40), st.integers(1, 30), st.integers(1, 40), st.sampled_from([1, 5, 32, 40, 64]))
+def test_lstm_inference(make, B, T, I, H):
+    """Chunk by chunk in the cache, with the bits of one operation after the other."""
+    x, wx, wh = make(B, T, I), make(I, 4 * H, magnitude=0.5 / np.sqrt(I)), make(H, 4 * H, magnitude=0.5 / np.sqrt(H))
+    b = make(4 * H)
+    h = cpu.lstm_inference(x, wx, wh, b)
+    assert_within(h, reference.lstm_inference(*wide(x, wx, wh, b)), 1, "h", tolerance=2e-6)
+    z = cpu.dense_forward(np.ascontiguousarray(x).reshape(B * T, I), wx, b).reshape(B, T, 4 * H)
+    np.testing.assert_array_equal(h, cpu.lstm_forward(z, wh)[0])
+
+
+@pytest.mark.parametrize("B", [1, 3, 8, 11])
+def test_lstm_step_by_step(monkeypatch, B):
+    """Wide layers take a product for each step, with the bits of the sums in one kernel."""
+    make = Numbers(B)
+    z, wh = make(B, 4, 4 * lstm.WIDE), make(lstm.WIDE, 4 * lstm.WIDE, magnitude=0.5 / np.sqrt(lstm.WIDE))
+    by_steps = cpu.lstm_forward(z.copy(), wh)
+    monkeypatch.setattr(lstm, "WIDE", 10**9)
+    monkeypatch.setattr(lstm, "matmul", None)  # not this way
+    for name, ours, other in zip(("h", "c", "gates"), by_steps, cpu.lstm_forward(z, wh), strict=True):
+        np.testing.assert_array_equal(ours, other, err_msg=name)
+
+
 def test_lstm_hands_not_a_number_on():
     """Only to its own sequence, and only from its own step on; backwards, to the steps before."""
     make = Numbers(1)
@@ -621,6 +645,7 @@ def calls(C=20, O=13, B=5):
         "sgd_update": ({"w": make(I, J), "v": make(I, J), "dw": make(I, J)}, step),
         "dropout": ({"x": x}, {"rate": 0.25, "key": KEYS[0]}),
         "lstm_forward": ({"z": make(9, 6, 4 * H), "wh": make(H, 4 * H)}, {}),
+        "lstm_inference": ({"x": make(9, 6, I), "wx": make(I, 4 * H), "wh": make(H, 4 * H), "b": make(4 * H)}, {}),
         "lstm_backward": ({"dh": make(9, 6, H), "gates": gates, "c": c, "wh": make(H, 4 * H)}, {}),
         "stft_magnitude_forward": ({"x": make(600)}, {"frame": 64, "hop": 20}),
         "stft_magnitude_backward": (
@@ -709,6 +734,8 @@ def test_a_row_does_not_depend_on_its_neighbours(B):
     z, wh = make(9, 7, 160), make(40, 160)
     for ours, all_ in zip(cpu.lstm_forward(z[:B].copy(), wh), cpu.lstm_forward(z, wh), strict=True):
         np.testing.assert_array_equal(ours, all_[:B])
+    x, layer = make(9, 21, 30), (make(30, 160), wh, make(160))
+    np.testing.assert_array_equal(cpu.lstm_inference(x[:B], *layer), cpu.lstm_inference(x, *layer)[:B])
 
 
 def test_no_samples_at_all():
@@ -725,6 +752,7 @@ def test_no_samples_at_all():
     h, c, gates = cpu.lstm_forward(make(0, 5, 32), wh)
     assert h.shape == (0, 5, 8)
     assert cpu.lstm_backward(h, gates, c, wh).shape == (0, 5, 32)
+    assert cpu.lstm_inference(make(0, 5, 3), make(3, 32), wh, make(32)).shape == (0, 5, 8)
     assert cpu.dropout(make(0, 3), 0.5, KEYS[0]).shape == (0, 3)
 
 

@@ -90,6 +90,8 @@ def test_lstm(machine, precision, B, T, H):
     z, wh = numbers(B, T, 4 * H), numbers(H, 4 * H) / np.float32(H**0.5)
     _, c, gates = agree("lstm_forward", z, wh, tolerance=TOLERANCE[precision])
     agree("lstm_backward", numbers(B, T, H), gates, c, wh, tolerance=TOLERANCE[precision])
+    layer = numbers(7, 4 * H) / np.float32(7**0.5), wh, numbers(4 * H)
+    agree("lstm_inference", numbers(B, T, 7), *layer, tolerance=TOLERANCE[precision])
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from kernels.cpu.elementwise import (
     relu_forward,
     softmax,
 )
-from kernels.cpu.lstm import lstm_backward, lstm_forward
+from kernels.cpu.lstm import lstm_backward, lstm_forward, lstm_inference
 from kernels.cpu.pool import maxpool2x2_backward, maxpool2x2_forward
 from kernels.cpu.stft import stft_magnitude_backward, stft_magnitude_forward
 from kernels.cpu.tools import cache_is_cold
@@ -52,6 +52,7 @@ __all__ = [
     "dropout_key",
     "lstm_backward",
     "lstm_forward",
+    "lstm_inference",
     "maxpool2x2_backward",
     "maxpool2x2_forward",
     "relu_backward",

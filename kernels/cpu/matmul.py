@@ -246,8 +246,11 @@ def transposed_panels(b: Array) -> Array:
 
 
 @compiled(parallel=True)
-def _multiply(a: Array, b: Array, bias: Array, panels: Array, c: Array) -> None:
-    """c (M and N rounded up to whole tiles) = a b + bias; a packed by `_pack_rows`; panels: scratch per thread."""
+def _multiply(a: Array, b: Array, bias: Array, panels: Array, c: Array, go_on: bool) -> None:
+    """c (M and N rounded up to whole tiles) = a b + bias, or, to go on, c + a b.
+
+    a packed by `_pack_rows`; panels: scratch per thread.
+    """
     tiles, K = a.shape[:2]
     N = b.shape[1]
     tiles_per_block = BLOCK // ROWS
@@ -265,7 +268,7 @@ def _multiply(a: Array, b: Array, bias: Array, panels: Array, c: Array) -> None:
             for n in range(n0, end, COLUMNS):  # a panel of b stays in the first-level cache
                 for tile in range(first_tile, last_tile):
                     to = c.ctypes.data + 4 * (tile * ROWS * width + n)
-                    before, before_row = (to, width) if k0 else (bias.ctypes.data + 4 * n, 0)
+                    before, before_row = (to, width) if k0 or go_on else (bias.ctypes.data + 4 * n, 0)
                     row, step = step * rows // steps, step + 1
                     add_product_asking(
                         a.ctypes.data + 4 * (tile * K + k0) * ROWS, mine.ctypes.data + 4 * (n - n0) * DEPTH, depth,
@@ -334,24 +337,28 @@ def _matmul_few(a: Array, b: Array, bias: Array | None) -> Array:
     packed = np.ascontiguousarray(padded.reshape(rows, K // FEW_DEPTH, FEW_DEPTH).transpose(1, 0, 2))
     c = np.zeros((rows, N + APART), np.float32)
     if bias is not None:
-        c[:, :N] = bias
+        c[:M, :N] = bias
     chunk = min(FEW_CHUNK, round_up(-(-N // nb.get_num_threads()), LANES))
     _multiply_few(packed, b, rows, _few_depth(rows), chunk, c)
     return np.ascontiguousarray(c[:M, :N])
 
 
 def matmul(a: Array, b: Array, bias: Array | None = None) -> Array:
-    """a b (+ bias), float32: a (M, K), contiguous or a transposed view, b (K, N) contiguous -> (M, N)."""
+    """a b (+ bias), float32: a (M, K), contiguous or a transposed view, b (K, N) contiguous -> (M, N).
+
+    bias: (N,), or (M, N), what the sum goes on from.
+    """
     M, N = len(a), b.shape[1]
     few = 1 <= M <= 4 or (M <= 8 and N >= 4 * FEW_CHUNK)  # shorter rows of b are not worth it
     if few and N % LANES == 0 and len(b) % FEW_DEPTH == 0 and b.size >= 1 << 18:
         return _matmul_few(a, b, bias)
     c = np.empty((round_up(M, ROWS), round_up(N, COLUMNS)), np.float32)
     start = np.zeros(c.shape[1], np.float32)
+    go_on = bias is not None and bias.ndim == 2
     if bias is not None:
-        start[:N] = bias
+        (c[:M] if go_on else start)[..., :N] = bias
     panels = scratch(nb.get_num_threads(), BLOCK // COLUMNS, DEPTH, COLUMNS)
-    _multiply(_packed_rows(a), b, start, panels, c)
+    _multiply(_packed_rows(a), b, start, panels, c, go_on)
     return np.ascontiguousarray(c[:M, :N])
 
 

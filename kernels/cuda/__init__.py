@@ -70,7 +70,7 @@ from kernels.cuda.device import (
     synchronise,
 )
 from kernels.cuda.elementwise import cross_entropy_backward, cross_entropy_forward, dropout, dropout_key, softmax
-from kernels.cuda.lstm import lstm_backward, lstm_forward
+from kernels.cuda.lstm import lstm_backward, lstm_forward, lstm_inference
 
 __all__ = [
     "PRECISIONS",
@@ -93,6 +93,7 @@ __all__ = [
     "keeps_kernels",
     "lstm_backward",
     "lstm_forward",
+    "lstm_inference",
     "maxpool2x2_backward",
     "maxpool2x2_forward",
     "relu_backward",

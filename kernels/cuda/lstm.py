@@ -17,6 +17,7 @@ import math
 
 import numpy as np
 
+from kernels.cuda.dense import dense_forward
 from kernels.cuda.device import (
     ALIGN,
     SIMULATED,
@@ -263,6 +264,12 @@ def lstm_forward(z: Array, wh: Array) -> tuple[Array, Array, Array]:
             parts, count = product_parts(before, whole(wh), B, 4 * H, H, PLAIN)
         _lstm_step(blocks_for(B * H), z, parts, count, h, c, gates, s, B, T, H)
     return h, c, gates
+
+
+def lstm_inference(x: Array, wx: Array, wh: Array, b: Array) -> Array:
+    """See `kernels.reference.lstm_inference`."""
+    B, T, I = x.shape
+    return lstm_forward(dense_forward(x.reshape(B * T, I), wx, b).reshape(B, T, -1), wh)[0]
 
 
 def lstm_backward(dh: Array, gates: Array, c: Array, wh: Array) -> Array:
