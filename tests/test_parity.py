@@ -512,11 +512,18 @@ def test_lstm_step_by_step(monkeypatch, B):
     """Wide layers take a product for each step, with the bits of the sums in one kernel."""
     make = Numbers(B)
     z, wh = make(B, 4, 4 * lstm.WIDE), make(lstm.WIDE, 4 * lstm.WIDE, magnitude=0.5 / np.sqrt(lstm.WIDE))
-    by_steps = cpu.lstm_forward(z.copy(), wh)
+    dh = make(B, 4, lstm.WIDE)
+
+    def both_ways():
+        h, c, gates = cpu.lstm_forward(z.copy(), wh)
+        return {"h": h, "c": c, "gates": gates, "dz": cpu.lstm_backward(dh, gates, c, wh)}
+
+    by_steps = both_ways()
     monkeypatch.setattr(lstm, "WIDE", 10**9)
     monkeypatch.setattr(lstm, "matmul", None)  # not this way
-    for name, ours, other in zip(("h", "c", "gates"), by_steps, cpu.lstm_forward(z, wh), strict=True):
-        np.testing.assert_array_equal(ours, other, err_msg=name)
+    monkeypatch.setattr(lstm, "matmul_transposed", None)
+    for name, other in both_ways().items():
+        np.testing.assert_array_equal(by_steps[name], other, err_msg=name)
 
 
 def test_lstm_hands_not_a_number_on():

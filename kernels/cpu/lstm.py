@@ -23,7 +23,15 @@ import numba as nb
 import numpy as np
 
 from kernels.cpu.dense import dense_forward
-from kernels.cpu.matmul import COLUMNS, VECS, add_product_of_rows, matmul, pack_all_columns, transposed_panels
+from kernels.cpu.matmul import (
+    COLUMNS,
+    VECS,
+    add_product_of_rows,
+    matmul,
+    matmul_transposed,
+    pack_all_columns,
+    transposed_panels,
+)
 from kernels.cpu.matmul import ROWS as STEPS
 from kernels.cpu.simd import LANES, REGISTERS, Emitter, Int, Ptr, kernel, sigmoid, tanh
 from kernels.cpu.tools import Array, as_float32, check_shapes, compiled, round_up, scratch, thread_id
@@ -280,6 +288,31 @@ def _backward(
                         n += 1
 
 
+@compiled(parallel=True)
+def _gate_gradients(
+    dh: Array, t: int, gates: Array, c: Array, zeros: Array, dh_next: Array, dc: Array, dz: Array
+) -> None:  # fmt: skip
+    """Step t of all sequences; operands as in `_backward`."""
+    B, T, H = dh.shape
+    for n in nb.prange(B):
+        at = 4 * (n * T + t) * H
+        c_before = c.ctypes.data + at - 4 * H if t > 0 else zeros.ctypes.data
+        gate_gradients(
+            dh.ctypes.data + at, dh_next.ctypes.data + 4 * n * H, dc.ctypes.data + 4 * n * H, c.ctypes.data + at,
+            c_before, gates.ctypes.data + 4 * at, dz.ctypes.data + 4 * at, H, H // LANES,
+        )  # fmt: skip
+
+
+def _backward_by_steps(
+    dh: Array, gates: Array, c: Array, wh: Array, zeros: Array, dh_next: Array, dc: Array, dz: Array
+) -> None:  # fmt: skip
+    """`_backward` with a product for each step: the same sums in the same order."""
+    for t in range(dh.shape[1] - 1, -1, -1):
+        _gate_gradients(dh, t, gates, c, zeros, dh_next, dc, dz)
+        if t > 0:
+            dh_next = matmul_transposed(np.ascontiguousarray(dz[:, t]), wh)
+
+
 # --- the operations ----------------------------------------------------------------------------------------------
 
 
@@ -309,6 +342,11 @@ def _cut_gates(x: Array, H: int, units: int) -> Array:
     return np.ascontiguousarray(x.reshape(*x.shape[:-1], 4, units)[..., :H]).reshape(*x.shape[:-1], 4 * H)
 
 
+def _by_steps(B: int, T: int, H: int, units: int) -> bool:
+    """Is there a product for each step, because packing the weights would not pay?"""
+    return units == H and H >= WIDE and min(B, T) <= FEW
+
+
 def _packed_gates(wh: Array, units: int) -> Array:
     """wh (H, 4H) in the order of its use: (units/LANES, units, 4, LANES)."""
     square = _pad_units(_pad_gates(wh, len(wh), units), units, axis=0)
@@ -332,7 +370,7 @@ def lstm_forward(z: Array, wh: Array) -> tuple[Array, Array, Array]:
     units = round_up(H, UNITS)
     z = _pad_gates(z, H, units)
     h, c = np.empty((B, T, units), np.float32), np.empty((B, T, units), np.float32)
-    if units == H and H >= WIDE and min(B, T) <= FEW:
+    if _by_steps(B, T, H, units):
         _forward_by_steps(z, wh, h, c)
     else:
         _forward(z, _packed_gates(wh, units), np.zeros((ROWS * T, units), np.float32), h, c, nb.get_num_threads())
@@ -366,13 +404,13 @@ def lstm_backward(dh: Array, gates: Array, c: Array, wh: Array) -> Array:
     B, T, H = dh.shape
     check_shapes(gates=(gates, (B, T, 4 * H)), c=(c, dh.shape), wh=(wh, (H, 4 * H)))
     units = round_up(H, UNITS)
-    square = _pad_units(_pad_gates(wh, H, units), units, axis=0)
-    wh_t = transposed_panels(square)
-    gates = _pad_gates(gates, H, units)
+    dh, gates, c = _pad_units(dh, units), _pad_gates(gates, H, units), _pad_units(c, units)
     dz = np.empty_like(gates)
-    start = np.zeros((2, B, units), np.float32)
+    dh_next, dc = np.zeros((2, B, units), np.float32)
     zeros = np.zeros(units, np.float32)
-    _backward(
-        _pad_units(dh, units), gates, _pad_units(c, units), wh_t, zeros, start[0], start[1], dz, nb.get_num_threads()
-    )
+    if _by_steps(B, T, H, units):
+        _backward_by_steps(dh, gates, c, wh, zeros, dh_next, dc, dz)
+    else:
+        wh_t = transposed_panels(_pad_units(_pad_gates(wh, H, units), units, axis=0))
+        _backward(dh, gates, c, wh_t, zeros, dh_next, dc, dz, nb.get_num_threads())
     return _cut_gates(dz, H, units)
