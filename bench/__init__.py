@@ -3,10 +3,11 @@
     python -m bench [kernels|train|infer|growth|all] [--device cuda] [--quick] [--rows TEXT] [--without NAME]
                     [--json FILE] [--threads N]
 
-`kernels` times every operation, forward and backward, `train` one training step of each network and the peak memory of
-a fresh process, `infer` a batch of windows and whole utterances from samples to label; `growth` our own times against
-the networks' width, the windows of an utterance and the number of threads; `all`, the default, everything, our times
-against the batch, too. `--quick` shows a few rows at batch 32 in about a minute, without torch.compile.
+`kernels` times every operation, forward and backward, `train` one training step of each network, the peak memory of a
+fresh process and its way to the first step, with kernels to compile and without, `infer` a batch of windows and whole
+utterances from samples to label; `growth` our own times against the networks' width, the windows of an utterance and
+the number of threads; `all`, the default, everything, our times against the batch, too. `--quick` shows a few rows at
+batch 32 in about a minute, without torch.compile.
 What is compared must be installed: pip install 'npser[bench]'; the rest is named as absent. torch.compile needs a C++
 compiler. Whole utterances are of the built-in corpus; the whole corpus is EMO-DB where NPSER_DATA says where it lies,
 else the built-in one. `--json` writes every round's median of every candidate, row by row, also of a run that was
@@ -34,7 +35,7 @@ How it measures:
 On a GPU (`--device cuda`; not on Numba's simulator):
 - Columns are npser in float32 and TF32, PyTorch (cuDNN, cuBLAS) eager, channels last, as one CUDA graph and compiled
   with TF32 off, eager and as a graph with TF32 on, and JAX with both. Only `kernels` without the Fourier transform,
-  `train` and `infer` of windows are timed; peak memory, utterances and growth are not.
+  `train` and `infer` of windows are timed; peak memory, starts, utterances and growth are not.
 - `ratio` compares float32 with float32: columns in TF32, ours among them, are for the reader to compare.
 - Operands are on the device before the clock runs, and results stay there. A time is the mean of as many repetitions as
   last 20 ms, by events before the first and behind the last of them; for JAX, which has none, by the clock on the host.

@@ -149,6 +149,7 @@ class Run:
         self.command, self.options, self.threads = command, options, threads
         self.rows: list[dict[str, Any]] = []
         self.memory: list[dict[str, Any]] = []
+        self.starts: list[dict[str, Any]] = []
         self.growth: dict[str, dict[str, float | None]] = {}
         self.absent: dict[str, str] = {}
         self.about: dict[str, Any] = {}
@@ -187,6 +188,7 @@ class Run:
                 self.time_section(section, workloads, folder)
             if section == "train" and not self.options.quick and on_cpu:
                 self.measure_memory()
+                self.measure_starts(folder)
         if grown:
             self.time_growth(grown, folder)
 
@@ -309,6 +311,21 @@ class Run:
             self.memory.append({"title": workload.title, "megabytes": megabytes, "troubles": troubles})
         print(flush=True)
 
+    def measure_starts(self, folder: Path) -> None:
+        from bench import suites
+        from bench.race import first_step
+        from bench.tables import start_line
+
+        rows = [workload for workload in suites.memory() if self._wanted(workload)]
+        if rows:
+            print("from the start of a process to the end of its first training step, s")
+        for workload in rows:
+            kernels = folder / f"kernels of {workload.title}"
+            cold, warm = (first_step(workload, self.threads, kernels) for _ in range(2))
+            print(start_line(workload.title, cold, warm), flush=True)
+            self.starts.append({"title": workload.title, "cold": cold, "warm": warm})
+        print(flush=True)
+
     def time_growth(self, grown: Sequence[tuple[str, str, Any, int]], folder: Path) -> None:
         """The growth table: our times against batch (measured already), width, windows and threads."""
         from bench import suites
@@ -355,6 +372,7 @@ class Run:
             "absent": self.absent,
             "rows": self.rows,
             "memory": self.memory,
+            "starts": self.starts,
             "growth": self.growth,
         }
         write_atomically(self.options.json, json.dumps(everything, indent=1, allow_nan=False) + "\n")

@@ -28,7 +28,8 @@ class Failed(Exception):
 class Worker:
     """A process that holds one candidate."""
 
-    def __init__(self, name: str, threads: int, device: str = "cpu") -> None:
+    def __init__(self, name: str, threads: int, device: str = "cpu", kernels: Path | None = None) -> None:
+        """kernels: where ours are kept once they are compiled, if not in the user's cache folder."""
         root = Path(__file__).resolve().parent.parent
         path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
         self.complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the worker
@@ -38,7 +39,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self.complaints,
             text=True,
-            env=os.environ | {"PYTHONPATH": path},
+            env=os.environ | {"PYTHONPATH": path} | ({"NUMBA_CACHE_DIR": str(kernels)} if kernels else {}),
             start_new_session=True,  # Ctrl-C is for the parent alone, which then ends the whole session
         )
 
@@ -284,6 +285,18 @@ def peak_memory(candidate: Candidate, workload: Workload, threads: int) -> int:
         worker.ask("run", seconds=0)
         bytes_taken: int = worker.ask("remember")["bytes"]
         return bytes_taken
+    finally:
+        worker.close()
+
+
+def first_step(workload: Workload, threads: int, kernels: Path) -> float:
+    """Seconds from the start of a process of ours to the end of its first training step; see `Worker` for kernels."""
+    began = time.monotonic()
+    worker = Worker(OURS.name, threads, kernels=kernels)
+    try:
+        worker.ask("prepare", kind="memory", sizes=workload.sizes, reference=None)
+        worker.ask("first")
+        return time.monotonic() - began
     finally:
         worker.close()
 

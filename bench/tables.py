@@ -68,6 +68,11 @@ def memory_line(title: str, megabytes: Mapping[str, float | None], troubles: Map
     return "\n".join([f"{title:{TITLE}}  {'   '.join(cells)}{share}", *(f"    {n}: {w}" for n, w in troubles.items())])
 
 
+def start_line(title: str, cold: float, warm: float) -> str:
+    """Seconds to the end of a first training step, kernels to be compiled, and kept."""
+    return f"{title:{TITLE}}  kernels compiled {cold:.1f}   kernels kept {warm:.1f}"
+
+
 def growth_line(series: str, points: Mapping[str, float | None]) -> str:
     """One series: the times at its points."""
     cells = [f"{point}: {'-' if seconds is None else short(seconds)}" for point, seconds in points.items()]

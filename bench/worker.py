@@ -6,6 +6,7 @@ Requests come on standard input, one reply each goes to standard output:
         -> {"offered": false}, or {"error": .., "where": ..}: how far the result is from the reference; the reference
            candidate itself writes that file instead
     {"do": "begin"}              make what is timed and run it once     -> {"seconds": ..} of a second repetition
+    {"do": "first"}              make what is timed and run it once     -> {}
     {"do": "run", "seconds": ..} once, then repeat for so long          -> {"times": [..]} but for the first; on a GPU
            each is the mean of as many repetitions as last BURST seconds
     {"do": "rest"}               give back what is prepared              -> {}
@@ -84,6 +85,11 @@ class Bench:
         if self.candidate.device != "cpu":
             self.count = max(1, min(1000, int(BURST / max(once, 1e-6))))
         return {"seconds": once}
+
+    def first(self) -> dict[str, Any]:
+        assert self.prepared is not None
+        self.prepared.begin()()
+        return {}
 
     def run(self, seconds: float) -> dict[str, Any]:
         self._timed()  # not counted: it finds the caches, and maybe the memory, full of other candidates' data

@@ -146,6 +146,16 @@ def test_memory_is_of_a_process_that_trained():
     assert race.peak_memory(OURS, workload, 1) > 50e6
 
 
+def test_a_first_step_compiles_kernels_and_keeps_them(tmp_path):
+    workload = Workload("memory", "", {"arch": "lstm", "B": 2, "model": TINY})
+    kept = []
+    for _ in range(2):
+        assert race.first_step(workload, 1, tmp_path / "kernels") > 0
+        kept.append({path: path.stat().st_mtime_ns for path in (tmp_path / "kernels").rglob("*.nbi")})
+    assert kept[0]
+    assert kept[0] == kept[1]
+
+
 # --- wrong results -----------------------------------------------------------------------------------------------
 
 
@@ -455,6 +465,7 @@ def test_all_sections_and_growth(small_command, monkeypatch, tmp_path, capsys):
     found = json.loads(path.read_text())
     assert [row["kind"] for row in found["rows"]] == ["relu", "dense_forward", "train", "infer"]
     assert found["memory"][0]["megabytes"]["npser"] > 50
+    assert found["starts"][0].keys() == {"title", "cold", "warm"}
     assert {series: list(points) for series, points in found["growth"].items()} == {
         "tiny training step, against batch": ["3"],
         "tiny inference, against batch": ["6"],

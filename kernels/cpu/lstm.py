@@ -7,10 +7,10 @@ it is read from the second-level cache (all 4H*H weights fit there at H = 128) o
 The lstm network's training step at batch 32, a third of which is spent here, comes to 54 % of the peak.
 
 Packing pays over many steps of many sequences. Few of either leave wide layers (tdcnn: 4 steps, 16 MB of weights) to a
-product for each step, with the same sums in the same order. At inference, where nothing is kept for backward, STEPS
-time steps of some sequences at a time go through input product and recurrence (`lstm_inference`), so that what is
-between the two never leaves the second-level cache: a layer of the lstm network takes 4.0 ms at batch 32, and 3.1 at
-the peak.
+product for each step, with the same sums in the same order. At inference, where nothing is kept for backward, input
+product and recurrence take turns at STEPS time steps (the rows of a product's tile) of TOGETHER sequences: what is
+between the two stays in the second-level cache. A layer of the lstm network takes 4.0 ms at batch 32, with a floor of
+3.1.
 
 A forward tile holds ROWS sequences x LANES hidden units x 4 gates in registers; what follows the product (sigmoid,
 tanh, the cell) happens there. H is padded with zeros to whole groups of vectors: the added units have weights 0,
@@ -39,11 +39,11 @@ from kernels.cpu.tools import Array, as_float32, check_shapes, compiled, round_u
 ROWS = 4 if REGISTERS == 32 else 2  # sequences in a forward tile: 4 * ROWS accumulators
 BACK_ROWS = 8 if REGISTERS == 32 else 4  # sequences in a backward tile: BACK_VECS * BACK_ROWS accumulators
 BACK_VECS = VECS
-TOGETHER = 16  # sequences at most that do so at once: STEPS steps of them stay in the second-level cache
-IN_CACHE = 1 << 20  # bytes of weights that stay there beside them
-WIDE = 512  # units whose recurrent weights do not fit there
-FEW = 8  # sequences, or steps, for which such weights are not worth packing
 UNITS = COLUMNS  # hidden units come in whole groups of this size
+WIDE = 512  # units whose recurrent weights do not fit in the second-level cache
+FEW = 8  # sequences, or steps, for which such weights are not worth packing
+TOGETHER = 16  # sequences that walk through an inference side by side, each STEPS steps at a time
+IN_CACHE = 1 << 20  # bytes of weights that leave room for these in the second-level cache
 
 
 # --- forward -----------------------------------------------------------------------------------------------------
@@ -136,9 +136,7 @@ def _forward(z: Array, wh: Array, zeros: Array, h: Array, c: Array, threads: int
 
 
 @kernel
-def cells_step(
-    k: Emitter, pre: Ptr, z: Ptr, units: Int, groups: Int, c_before: Ptr, c: Ptr, h: Ptr
-) -> None:  # fmt: skip
+def cells_step(k: Emitter, pre: Ptr, z: Ptr, units: Int, groups: Int, c_before: Ptr, c: Ptr, h: Ptr) -> None:
     """One step of one sequence behind its recurrent product: pre (4H,), whose gates go to z (4H,)."""
     for group in k.range(groups):
         u = group * LANES
@@ -170,11 +168,12 @@ def _forward_by_steps(z: Array, wh: Array, h: Array, c: Array) -> None:
         _cells(pre, t, z, zeros, h, c)
 
 
+# --- inference ---------------------------------------------------------------------------------------------------
+
+
 @compiled(parallel=True)
-def _infer(
-    x: Array, wx: Array, bias: Array, wh: Array, together: int, h: Array, pre: Array, cells: Array
-) -> None:  # fmt: skip
-    """A layer from inputs to hidden states, some sequences (`together`) and steps at a time.
+def _infer(x: Array, wx: Array, bias: Array, wh: Array, together: int, h: Array, pre: Array, cells: Array) -> None:
+    """A layer from inputs to hidden states: input product and recurrence of a few sequences and steps at a time.
 
     x (B, T rounded up to STEPS, I), wx (4H/COLUMNS, I, COLUMNS), bias (4H,), wh (H/LANES, H, 4, LANES), h (B, T, H);
     pre (threads, together, steps, 4H) and cells (threads, together, H): scratch, which stays in the second-level cache.
@@ -291,7 +290,7 @@ def _backward(
 @compiled(parallel=True)
 def _gate_gradients(
     dh: Array, t: int, gates: Array, c: Array, zeros: Array, dh_next: Array, dc: Array, dz: Array
-) -> None:  # fmt: skip
+) -> None:
     """Step t of all sequences; operands as in `_backward`."""
     B, T, H = dh.shape
     for n in nb.prange(B):
@@ -305,7 +304,7 @@ def _gate_gradients(
 
 def _backward_by_steps(
     dh: Array, gates: Array, c: Array, wh: Array, zeros: Array, dh_next: Array, dc: Array, dz: Array
-) -> None:  # fmt: skip
+) -> None:
     """`_backward` with a product for each step: the same sums in the same order."""
     for t in range(dh.shape[1] - 1, -1, -1):
         _gate_gradients(dh, t, gates, c, zeros, dh_next, dc, dz)
