@@ -117,6 +117,17 @@ def test_load_byte():
     assert (y == 200).all()
 
 
+def test_load_int():
+    """32 bits with their sign, as an address."""
+
+    def trace(k, place: Bytes, x: Ptr, y: Ptr) -> None:
+        k.store(y, k.splat(x + 200 + k.load_int(place + 4)))
+
+    y = np.zeros(LANES, np.float32)
+    run(trace, np.int32([0, -70, 0]).view(np.uint8), np.arange(256, dtype=np.float32), y)
+    assert (y == 130).all()
+
+
 def test_pointers():
     def trace(k, x: Ptr, n: Int, y: Ptr) -> None:
         k.store(y, k.splat(x + n))

@@ -67,19 +67,17 @@ dw_pooled, dw_plain = _weight_gradient_tile(True), _weight_gradient_tile(False)
 
 
 @kernel
-def dw_live(k: Emitter, x: Ptr, row: Int, channels: Int, dy: Ptr, argmax: Bytes, outputs: Int, n: Int, dw: Ptr) -> None:
-    """One output channel, one row of n cells: every live maximum adds dy times its 3x3 neighbourhood to dw.
+def dw_live(k: Emitter, x: Ptr, row: Int, channels: Int, values: Ptr, places: Bytes, n: Int, dw: Ptr) -> None:
+    """One output channel, one row of cells: its n live maxima add dy times their 3x3 neighbourhoods to dw.
 
-    IN_GROUP of the `channels` of x; dw (9, channels) of this output channel stays in registers along the row.
+    values, places: see `list_live`. IN_GROUP of the `channels` of x; dw (9, channels) stays in registers along the row.
     """
     acc = [[k.var(k.load(dw + channels * t + LANES * v)) for v in range(DW_VECS)] for t in range(9)]
-    for q in k.range(n):
-        place, d = k.load_byte(argmax + outputs * q), dy + outputs * q
-        with k.when((place < DEAD) & k.nonzero(d)):
-            at = x + row * (place >> 1) + channels * ((place & 1) + q * 2)
-            for t, (i, j) in enumerate(TAPS):
-                for v in range(DW_VECS):
-                    acc[t][v] += k.splat(d) * k.load(at + row * i + channels * j + LANES * v)
+    for m in k.range(n):
+        d, at = k.splat(values + m), x + k.load_int(places + m * 4)
+        for t, (i, j) in enumerate(TAPS):
+            for v in range(DW_VECS):
+                acc[t][v] += d * k.load(at + row * i + channels * j + LANES * v)
     for t in range(9):
         for v in range(DW_VECS):
             k.store(dw + channels * t + LANES * v, acc[t][v])
@@ -89,7 +87,8 @@ def dw_live(k: Emitter, x: Ptr, row: Int, channels: Int, dy: Ptr, argmax: Bytes,
 def dx_live(k: Emitter, dx: Ptr, row: Int, channels: Int, dy: Ptr, argmax: Bytes, outputs: Int, n: Int, w: Ptr) -> None:
     """One output channel, one row of n cells: every live maximum adds dy times the kernel to its neighbourhood of dx.
 
-    The mirror image of `dw_live`: here the nine taps of w stay in registers.
+    The mirror image of `dw_live`: here the nine taps of w stay in registers. A list would not help: what limits is the
+    store of every sum.
     """
     ws = [[k.load(w + channels * t + LANES * v) for v in range(DW_VECS)] for t in range(9)]
     for q in k.range(n):
@@ -100,6 +99,24 @@ def dx_live(k: Emitter, dx: Ptr, row: Int, channels: Int, dy: Ptr, argmax: Bytes
                 for v in range(DW_VECS):
                     here = at + row * i + channels * j + LANES * v
                     k.store(here, k.load(here) + k.splat(d) * ws[t][v])
+
+
+@compiled
+def list_live(
+    dy: Array, argmax: NDArray[np.uint8], o: int, row: int, channels: int, values: Array, places: NDArray[np.int32]
+) -> int:
+    """The live maxima of one output channel in a row of cells, dy and argmax (Q, O): how many.
+
+    values: their gradients; places: where their neighbourhoods begin in a strip of rows of `row` numbers. To list them
+    first leaves no branch that a processor could guess wrong behind: nothing tells which cells are live.
+    """
+    n = 0
+    for q in range(dy.shape[0]):
+        place, d = np.int32(argmax[q, o]), dy[q, o]
+        values[n] = d
+        places[n] = row * (place >> 1) + channels * ((place & 1) + 2 * q)
+        n += (place < DEAD) & (d != 0)
+    return n
 
 
 @compiled(parallel=True)
@@ -141,23 +158,23 @@ def _add_live(dy: Array, argmax: NDArray[np.uint8], db: Array) -> None:
 
 @compiled(parallel=True)
 def _dw_many_channels(
-    x: Array, C: int, dy: Array, argmax: NDArray[np.uint8], strips: Array, dw: Array, db: Array
+    x: Array, C: int, dy: Array, argmax: NDArray[np.uint8], strips: Array, live: Array, dw: Array, db: Array
 ) -> None:
-    """dw (PARTS, O, 9, C) and db (PARTS, O); C is a whole number of IN_GROUPs."""
-    B, P, Q, O = dy.shape
+    """dw (PARTS, O, 9, C) and db (PARTS, O); C is a whole number of IN_GROUPs. live (PARTS, 2, Q): scratch."""
+    B, P, _, O = dy.shape
     row = strips.shape[2]
     for part in nb.prange(dw.shape[0]):
-        strip = strips[part]
+        strip, values, places = strips[part], live[part, 0], live[part, 1].view(np.int32)
         for n in range(part, B, dw.shape[0]):
             for p in range(P):
                 if p % BAND == 0:
                     fill_strip(x, C, n, p, 2 * min(BAND, P - p) + 2, strip)
                 for o in range(O):
-                    d = (n * P + p) * Q * O + o
+                    count = list_live(dy[n, p], argmax[n, p], o, row, C, values, places)
                     for c in range(0, C, IN_GROUP):
                         dw_live(
                             strip.ctypes.data + 4 * (2 * (p % BAND) * row + c), row, C,
-                            dy.ctypes.data + 4 * d, argmax.ctypes.data + d, O, Q,
+                            values.ctypes.data, places.ctypes.data, count,
                             dw.ctypes.data + 4 * ((part * O + o) * 9 * C + c),
                         )  # fmt: skip
                 _add_live(dy[n, p], argmax[n, p], db[part])
@@ -257,7 +274,8 @@ def conv_relu_pool_backward(
         parts = min(B, PARTS)
         dw_parts, db_parts = np.zeros((parts, O, 9, channels), np.float32), np.zeros((parts, O), np.float32)
         padded = _pad_last(x, IN_GROUP)
-        _dw_many_channels(rows_of(padded), channels, dy, argmax, new_strips(parts, F, channels), dw_parts, db_parts)
+        strips, live = new_strips(parts, F, channels), scratch(parts, 2, F // 2)
+        _dw_many_channels(rows_of(padded), channels, dy, argmax, strips, live, dw_parts, db_parts)
         dw = np.ascontiguousarray(dw_parts.sum(axis=0)[..., :C].reshape(O, 3, 3, C).transpose(1, 2, 3, 0))
         db = db_parts.sum(axis=0)
     if not need_dx:

@@ -258,6 +258,10 @@ class Emitter:
         """LANES bytes, widened to 32-bit integers."""
         return IVec(self, self.b.zext(self.b.load(p.at(ir.VectorType(I8, LANES)), align=1), IVEC))
 
+    def load_int(self, p: Bytes) -> Int:
+        """The 32-bit integer at p."""
+        return Int(self, self.b.sext(self.b.load(p.at(I32), align=4), I64))
+
     def load_byte(self, p: Bytes) -> Int:
         return Int(self, self.b.zext(self.b.load(p.at(I8), align=1), I64))
 
