@@ -5,9 +5,9 @@ The gradient of the unpooled map has one non-zero per pooling cell and channel, 
 work or less; with few, vectors lie across the output channels and the four places of a cell are told apart by masks.
 
 Floors with L live maxima, C input channels: 2*9*L*C operations each for dw and dx. For dw the nine taps stay in
-registers and each meets a vector of x loaded from the strip; dx loads and stores one for each, which is its limit: one
-store a clock. Forward and backward together come to 46 % (1->32, 128x128, without dx) and 116 % of the peak (32->32,
-64x64) at batch 32, counted densely.
+registers and each meets a vector of x loaded from the strip; dx loads and stores one for each, at most one store a
+clock, and takes twice that. Forward and backward together come to 46 % (1->32, 128x128, without dx) and 116 % of the
+peak (32->32, 64x64) at batch 32, counted densely.
 """
 
 from typing import Any
@@ -87,8 +87,8 @@ def dw_live(k: Emitter, x: Ptr, row: Int, channels: Int, values: Ptr, places: By
 def dx_live(k: Emitter, dx: Ptr, row: Int, channels: Int, dy: Ptr, argmax: Bytes, outputs: Int, n: Int, w: Ptr) -> None:
     """One output channel, one row of n cells: every live maximum adds dy times the kernel to its neighbourhood of dx.
 
-    The mirror image of `dw_live`: here the nine taps of w stay in registers. A list would not help: what limits is the
-    store of every sum.
+    The mirror image of `dw_live`: here the nine taps of w stay in registers. It waits for loads and stores, so that a
+    list gained nothing.
     """
     ws = [[k.load(w + channels * t + LANES * v) for v in range(DW_VECS)] for t in range(9)]
     for q in k.range(n):
