@@ -420,7 +420,7 @@ def test_the_check_of_a_gpu_tries_itself(tmp_path, tones):
         assert "the simulator is for tests" in (out / "log.txt").read_text()
         assert found["launching"]["agrees"] is True
         operations = [value for value in found["parity float32"].values() if isinstance(value, dict)]
-        assert len(operations) == 2 * 5 + 2 * 2 + 2 * 2 + 6
+        assert len(operations) == 2 * 5 + 2 * 3 + 2 * 2 + 6
         assert all(operation["agrees"] for operation in operations)
         assert "skipped" in found["memcheck float32"] or "report" in found["memcheck float32"]
         assert found["cross-validation lstm"]["finished_folds"] == 2

@@ -64,13 +64,13 @@ def test_convolutions_run_once_over_a_recording(monkeypatch):
     model = build_model("cnn", backend="reference", filters=1, hidden=2, bins=64)
     windows = window_set(model, (64 + 8 * 19,), 8)
     convolutions, seen = model.layers.layers[0], []
-    forward = convolutions.forward
+    infer = convolutions.infer
 
-    def counting(x, n):
+    def counting(x):
         seen.append(x.shape[0] * x.shape[1])
-        return forward(x, n)
+        return infer(x)
 
-    monkeypatch.setattr(convolutions, "forward", counting)
+    monkeypatch.setattr(convolutions, "infer", counting)
     window_probabilities(model, windows.recordings())
     assert len(windows) == 20
     assert sum(seen) == 64 + 8 * 19 + 20 * 16
