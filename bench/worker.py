@@ -5,8 +5,8 @@ Requests come on standard input, one reply each goes to standard output:
     {"do": "prepare", "kind": .., "sizes": .., "reference": path}
         -> {"offered": false}, or {"error": .., "where": ..}: how far the result is from the reference; the reference
            candidate itself writes that file instead
-    {"do": "begin"}              make what is timed and run it once     -> {"seconds": ..} of a second repetition
     {"do": "first"}              make what is timed and run it once     -> {}
+    {"do": "begin"}              the same                               -> {"seconds": ..} of a second repetition
     {"do": "run", "seconds": ..} once, then repeat for so long          -> {"times": [..]} but for the first; on a GPU
            each is the mean of as many repetitions as last BURST seconds
     {"do": "rest"}               give back what is prepared              -> {}
@@ -76,20 +76,19 @@ class Bench:
             error, where = workloads.difference(outputs, expected)
         return {"error": error, "where": where}
 
-    def begin(self) -> dict[str, Any]:
+    def first(self) -> dict[str, Any]:
         assert self.prepared is not None
         self.call, self.seconds, self.count = self.prepared.begin(), self.prepared.seconds, 1
         self.prepared = None
         self._timed()
+        return {}
+
+    def begin(self) -> dict[str, Any]:
+        self.first()
         once = self._timed()
         if self.candidate.device != "cpu":
             self.count = max(1, min(1000, int(BURST / max(once, 1e-6))))
         return {"seconds": once}
-
-    def first(self) -> dict[str, Any]:
-        assert self.prepared is not None
-        self.prepared.begin()()
-        return {}
 
     def run(self, seconds: float) -> dict[str, Any]:
         self._timed()  # not counted: it finds the caches, and maybe the memory, full of other candidates' data
@@ -110,9 +109,7 @@ class Bench:
         import resource
 
         status = Path("/proc/self/status")
-        if (
-            status.exists()
-        ):  # Linux: the peak that getrusage tells begins with that of the process that started this one
+        if status.exists():  # getrusage's peak begins, on Linux, with that of the process that started this one
             peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
             return {"bytes": 1024 * int(peak.split()[1])}
         unit = 1 if sys.platform == "darwin" else 1024
