@@ -363,7 +363,7 @@ class Run:
         """Whatever has been measured, also when the run was ended early."""
         if not self.options.json or not self.about:
             return
-        from npser.runfolder import write_atomically
+        from npser.files import write_atomically
 
         everything = {
             **self.about,

@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any
 from bench import protocol
 from npser.cli import Parser, computing, machine, run, set_threads, versions
 from npser.document import Table, text_table
+from npser.foldresult import FoldResult, fold_result
 from npser.recipes import NAMES, Recipe, as_settings, recipe_for
-from npser.runfolder import MAY_CHANGE, FoldResult, RunFolder, fold_result
+from npser.runfolder import MAY_CHANGE, RunFolder
 
 if TYPE_CHECKING:
     from npser.comparison import Run

@@ -18,9 +18,10 @@ from bench import protocol
 from npser.cli import Parser, computing, machine, run, set_threads, versions
 from npser.document import Table, text_table
 from npser.errors import UserError
+from npser.foldresult import FoldResult
 from npser.packed import open_run
 from npser.recipes import Recipe, as_settings, changed, describe, recipe_for
-from npser.runfolder import MAY_CHANGE, FoldResult, RunFolder
+from npser.runfolder import MAY_CHANGE, RunFolder
 
 if TYPE_CHECKING:
     from npser.corpus import Corpus

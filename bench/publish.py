@@ -19,10 +19,12 @@ from typing import Any
 from npser.cli import Parser, run
 from npser.document import Table, markdown_table
 from npser.errors import UserError
+from npser.files import write_atomically
+from npser.foldresult import FoldResult
 from npser.packed import SUFFIX, Run, open_run, pack, unpack
 from npser.recipes import recipe_for
 from npser.report import PAPER_AVERAGE_F1, merged, percent, report
-from npser.runfolder import FoldResult, RunFolder, write_atomically
+from npser.runfolder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 README, RUNS, PICTURES = ROOT / "README.md", ROOT / "bench/results/runs", ROOT / "bench/results/pictures"

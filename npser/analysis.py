@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npser.errors import UserError
+from npser.foldresult import FoldResult
 from npser.metrics import average_f1
-from npser.runfolder import FoldResult
 
 RESAMPLES = 10_000
 _EXACT = 16  # up to so many speakers all 2^n sign flips are tried

@@ -9,9 +9,9 @@ from typing import Any
 from npser.analysis import RESAMPLES, paired, paired_folds, speaker_matrices, uar_interval
 from npser.document import Block, Document, Table
 from npser.errors import UserError
+from npser.foldresult import FoldResult
 from npser.metrics import ProtocolSummary, summarise
 from npser.report import percent
-from npser.runfolder import FoldResult
 
 Run = tuple[Path, Mapping[str, Any], Sequence[FoldResult]]  # folder, configuration, finished folds
 

@@ -17,11 +17,12 @@ from npser.augment import AugmentedWindows
 from npser.corpus import Corpus
 from npser.errors import RunFailed
 from npser.features import Standardisation, WindowSet, window_count
+from npser.foldresult import EpochResult, FoldResult, fold_result
 from npser.folds import Indices, speaker_folds, split_test, stratified_folds
 from npser.models import Model, build_model
 from npser.progress import Progress
 from npser.recipes import Recipe
-from npser.runfolder import EpochResult, FoldResult, RunFolder, fold_result
+from npser.runfolder import RunFolder
 from npser.trainer import Checkpoint, Task, Votes, evaluate, fit, steps_per_epoch
 
 Frames = Sequence[NDArray[np.float32]]

@@ -15,6 +15,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from npser.errors import RunFailed, UserError
+
+_FULL_DISK = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+_NOT_WRITABLE = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOENT,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+}
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")
 
 
@@ -54,3 +67,30 @@ def sweep(folder: Path, pattern: re.Pattern[str], older_than: float = 0.0) -> No
                 with contextlib.suppress(OSError):
                     if entry.is_file(follow_symlinks=False) and time.time() - entry.stat().st_mtime >= older_than:
                         os.unlink(entry.path)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all (`replacing`), to the disk.
+
+    Text is written as UTF-8; file names that are not valid UTF-8 (Python's surrogate escapes) keep their bytes.
+
+    Raises RunFailed when the disk is full or fails, UserError when the place cannot be written to.
+    """
+    data = content.encode("utf-8", errors="surrogateescape") if isinstance(content, str) else content
+    try:
+        with replacing(path) as file:
+            file.write(data)
+    except OSError as error:
+        raise explained(path, error) from error
+
+
+def explained(path: Path, error: OSError) -> UserError | RunFailed:
+    """An operating-system error while writing, as the project's one line."""
+    reason = error.strerror or str(error)
+    if error.errno in _FULL_DISK:
+        return RunFailed(f"{path}: {reason}: free some space and run the same command again to resume")
+    if error.errno == errno.ENOENT and not path.parent.is_dir():
+        return RunFailed(f"{path}: cannot be written, its folder is gone: run the same command again")
+    if error.errno in _NOT_WRITABLE:
+        return UserError(f"{path}: cannot be written ({reason}): choose another place with --out")
+    return RunFailed(f"{path}: cannot be written ({reason})")

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from npser.errors import UserError
-from npser.runfolder import VOTES, FoldResult, RunFolder, write_atomically
+from npser.files import write_atomically
+from npser.foldresult import VOTES, FoldResult
+from npser.runfolder import RunFolder
 
 SUFFIX = ".json.xz"
 _LARGEST = 1 << 26  # bytes that a file may unpack to

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TextIO
 
-from npser.runfolder import EpochResult
+from npser.foldresult import EpochResult
 
 ESTIMATE_AFTER = 3  # updates timed before the length of the run is estimated
 

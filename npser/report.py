@@ -29,6 +29,7 @@ from npser.cli import Parser, count, run
 from npser.corpus import user_cache
 from npser.document import Block, Document, Table
 from npser.errors import UserError
+from npser.foldresult import FoldResult
 from npser.metrics import (
     Figure,
     ProtocolSummary,
@@ -39,7 +40,7 @@ from npser.metrics import (
     unweighted_average_recall,
 )
 from npser.packed import Run, open_run
-from npser.runfolder import MAY_CHANGE, FoldResult
+from npser.runfolder import MAY_CHANGE
 
 # Average F1 in per cent and its "+-" on EMO-DB, 10 folds x 5 repeats (Lim, Jang and Lee 2016).
 PAPER_AVERAGE_F1 = {"cnn": (86.06, 2.39), "lstm": (78.31, 4.59), "tdcnn": (86.65, 1.73)}

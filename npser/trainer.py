@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from kernels.reference import Array
 from npser.errors import RunFailed
 from npser.features import WindowSet
-from npser.files import replacing
+from npser.files import explained, replacing
+from npser.foldresult import EpochResult
 from npser.folds import oversampled_runs, runs
 from npser.inference import window_probabilities
 from npser.modelfile import DAMAGE
@@ -24,7 +25,6 @@ from npser.models import Model
 from npser.optim import SGD
 from npser.progress import Progress, duration
 from npser.recipes import Recipe
-from npser.runfolder import EpochResult, explained
 
 _OVERSAMPLING, _SHUFFLING, _AUGMENTING = 1, 2, 3  # words of the generators' seeds: unrelated streams
 LOOK_EVERY = 0.5  # seconds between two readings of loss and accuracy where reading waits for a GPU

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
     from npser.corpus import Corpus
     from npser.crossval import Versions
-    from npser.runfolder import FoldResult, RunFolder
+    from npser.foldresult import FoldResult
+    from npser.runfolder import RunFolder
 
 LOST = 3  # times that a worker may die before the run gives up
 

@@ -16,8 +16,8 @@ from npser.analysis import (
     utterance_record,
 )
 from npser.errors import UserError
+from npser.foldresult import EpochResult, fold_result
 from npser.metrics import average_f1
-from npser.runfolder import EpochResult, fold_result
 
 LABELS = ("calm", "joy")
 

@@ -295,9 +295,9 @@ class Checkpoints:
     """States of unfinished folds: whatever is there, the fold is computed."""
 
     def __init__(self, folder):
+        from npser.foldresult import EpochResult
         from npser.optim import SGD
         from npser.progress import Progress
-        from npser.runfolder import EpochResult
         from npser.trainer import Checkpoint
 
         self.model, self.said = small_model(), io.StringIO()
@@ -333,7 +333,8 @@ class RunFolders:
     """Fold files and config.json, read by the report and by a run that is resumed."""
 
     def __init__(self, folder):
-        from npser.runfolder import EpochResult, RunFolder, fold_result
+        from npser.foldresult import EpochResult, fold_result
+        from npser.runfolder import RunFolder
 
         labels = ["neutral", "anger", "fear"]
         self.config = {"labels": labels, "vote": "sum", "arch": "lstm", "corpus": "x", "cv": "stratified", "folds": 2}
@@ -484,10 +485,11 @@ class Names:
 
     def __call__(self, rng):
         from npser.corpus import open_corpus
+        from npser.foldresult import fold_result
         from npser.frontend import read_frames
         from npser.inventory import describe
         from npser.predict import find_inputs
-        from npser.runfolder import RunFolder, fold_result
+        from npser.runfolder import RunFolder
 
         self.number += 1
         root = self.folder / f"tree{self.number}"

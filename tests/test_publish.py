@@ -14,12 +14,13 @@ from test_report import CONFIG, make_fold
 from bench import publish
 from npser import train
 from npser.errors import UserError
+from npser.foldresult import fold_result
 from npser.options import read
 from npser.packed import SUFFIX, open_run, pack, unpack
 from npser.recipes import RECIPES, as_settings
 from npser.report import main as report_main
 from npser.report import render_markdown
-from npser.runfolder import RunFolder, fold_result
+from npser.runfolder import RunFolder
 from npser.synthetic import demo_corpus
 
 LABELS = ("neutral", "anger")

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from npser.foldresult import EpochResult, fold_result
 from npser.report import main, render_markdown, render_text
-from npser.runfolder import EpochResult, RunFolder, fold_result
+from npser.runfolder import RunFolder
 
 EMOTIONS = ["neutral", "anger", "fear", "disgust", "sadness", "boredom", "happy"]
 CONFIG = {

@@ -9,7 +9,9 @@ import pytest
 
 from npser import runfolder
 from npser.errors import RunFailed, UserError
-from npser.runfolder import EpochResult, FoldResult, RunFolder, fold_result, write_atomically
+from npser.files import write_atomically
+from npser.foldresult import EpochResult, FoldResult, fold_result
+from npser.runfolder import RunFolder
 
 LABELS = ["neutral", "anger", "fear"]
 CONFIG = {

@@ -7,10 +7,10 @@ import pytest
 
 from npser.crossval import make_folds
 from npser.features import Standardisation, WindowSet
+from npser.foldresult import EpochResult
 from npser.models import build_model
 from npser.optim import SGD, Gradients
 from npser.progress import Progress, duration
-from npser.runfolder import EpochResult
 from npser.synthetic import demo_corpus
 from npser.trainer import Task, steps_per_epoch, train_epochs, vote
 

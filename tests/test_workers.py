@@ -14,7 +14,8 @@ from conftest import ROOT, run_module
 
 from npser import train, workers
 from npser.errors import RunFailed, UserError
-from npser.runfolder import RunFolder, fold_result
+from npser.foldresult import fold_result
+from npser.runfolder import RunFolder
 
 SHORT = ("--arch", "lstm", "--folds", "3", "--repeats", "1", "--epochs", "2", "--segment-hop", "40", "--threads", "1")
 
