@@ -19,6 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any
 
 from npser.cli import count
@@ -154,6 +155,31 @@ def _announce(folds: int, workers: int, where: str) -> None:
 
 
 @contextmanager
+def _without_interruption() -> Iterator[None]:
+    """Ctrl-C waits until the end of this; processes that are started meanwhile never hear of one.
+
+    A terminal sends it to them, too, and Python would print tracebacks until the first lines of ours are reached there.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # started with the first process otherwise, which unblocks the signal again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _Pool(ProcessPoolExecutor):
+    """Its processes, which a task starts where none is idle, never hear of Ctrl-C."""
+
+    def submit(self, *call: Any, **named: Any) -> Future[Any]:
+        with _without_interruption():
+            return super().submit(*call, **named)
+
+
+@contextmanager
 def spawned(workers: int) -> Iterator[ProcessPoolExecutor]:
     """Spawned processes, never forked ones: GNU OpenMP aborts in a forked child's first parallel region.
 
@@ -161,7 +187,7 @@ def spawned(workers: int) -> Iterator[ProcessPoolExecutor]:
     """
     context = multiprocessing.get_context("spawn")
     listener, lifeline = context.Pipe(duplex=False)
-    with listener, lifeline, ProcessPoolExecutor(workers, context, _end_with_parent, (listener,)) as executor:
+    with listener, lifeline, _Pool(workers, context, _end_with_parent, (listener,)) as executor:
         try:
             yield executor
         except KeyboardInterrupt:

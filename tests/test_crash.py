@@ -320,13 +320,14 @@ def test_workers_end_with_a_killed_parent(undisturbed, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     environment.pop("NUMBA_NUM_THREADS", None)
     command = [sys.executable, "-m", "npser.train", *SHORT, "--workers", "2", "--out", str(out)]
-    for ended_by in (signal.SIGKILL, signal.SIGINT):
+    # SIGINT also while the workers are starting: they cannot answer it yet.
+    for ended_by, within in ((signal.SIGKILL, 3), (signal.SIGINT, 3), (signal.SIGINT, 0.5)):
         run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
         wait_for(out / "config.json", run)
         workers = []
         while len(workers) < 2 and run.poll() is None:
             workers = spawned_by(run.pid)
-        time.sleep(random.uniform(0, 3))
+        time.sleep(random.uniform(0, within))
         if ended_by == signal.SIGINT:  # as a terminal sends it, to all
             os.killpg(run.pid, signal.SIGINT)
         else:

@@ -122,6 +122,23 @@ def test_a_killed_worker_costs_its_fold_only(folder, tmp_path, monkeypatch, caps
     assert last.endswith("; 4 of 4")
 
 
+def blocked():
+    """Signals that are kept from the thread that asks."""
+    return signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="signals cannot be blocked here")
+def test_workers_never_hear_of_an_interruption():
+    """Not even while they start, when Python itself would answer with a traceback; the parent hears of it."""
+    before = blocked()
+    with workers.spawned(2) as executor:
+        masks = [executor.submit(blocked) for _ in range(2)]
+        started = set(executor._processes)
+        assert blocked() == before
+        assert all(signal.SIGINT in mask.result() for mask in masks)
+        assert len(started) == 2
+
+
 def test_workers_that_die_again_and_again_end_the_run(folder):
     class Broken(ThreadPoolExecutor):
         def submit(self, *arguments):
