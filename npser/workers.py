@@ -201,7 +201,7 @@ def _end_with_parent(listener: "Connection") -> None:
     A worker of a killed parent would wait for work for ever, and write checkpoints beside the run that is resumed.
     Ctrl-C reaches all processes of a terminal; the parent answers it for all.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it could not be blocked before the start
 
     def wait_for_the_end() -> None:
         with contextlib.suppress(EOFError, OSError):
