@@ -190,7 +190,7 @@ def experiments(options: argparse.Namespace, threads: int) -> list[RunFolder]:
         folds = make_folds(spoken, "stratified", options.folds, options.repeats, options.seed)
         chosen = [fold for fold in folds if options.only in (None, (fold.repeat, fold.number))]
         work += [(training, fold) for fold in _waiting(chosen, [folders[name] for name in TRAININGS[training]])]
-    work.sort(key=lambda item: item[1].repeat)  # every experiment of a repeat before the next repeat
+    work.sort(key=lambda item: (item[1].repeat, item[1].number))  # a fold of every experiment before the next fold
     steps = [training_steps(material[t][1], material[t][0].targets, f.train, length, settings) for t, f in work]
     progress = Progress(sum(steps))
     for (training, fold), count in zip(work, steps, strict=True):

@@ -198,22 +198,23 @@ def versions() -> dict[str, Any]:
             return None
 
     named = {package: of(package) for package in ("npser", "numpy", "numba", "numba-cuda", "scipy", "soundfile")}
-    return {"python": platform.python_version(), **named, "commit": _commit()}
+    return {"python": platform.python_version(), **named, "commit": commit_of(Path(__file__).resolve().parent.parent)}
 
 
-def _commit() -> str | None:
-    """The commit of the checkout that this file lies in, "-dirty" if it was changed since; None outside of one."""
-    here = Path(__file__).resolve().parent.parent
-    if not (here / ".git").exists():
+def commit_of(checkout: Path) -> str | None:
+    """The checkout's commit, "-dirty" if anything but measured results was changed since; None without a checkout."""
+    if not (checkout / ".git").exists():
         return None
+    changed = ["status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)bench/results"]
+
+    def git(arguments: list[str]) -> str:
+        command = ["git", "-C", str(checkout), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
     try:
-        commit, status = (
-            subprocess.run(["git", "-C", here, *args], capture_output=True, text=True, timeout=10, check=True).stdout
-            for args in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        )
+        return git(["rev-parse", "--short=12", "HEAD"]) + ("-dirty" if git(changed) else "")
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit.strip() + ("-dirty" if status.strip() else "")
 
 
 def machine() -> str:

@@ -1,12 +1,14 @@
 """Development trials: what they read, what they write, and that none is computed twice."""
 
 import csv
+import subprocess
 
 import numpy as np
 import pytest
 
 from bench import develop
 from npser import crossval
+from npser.cli import commit_of
 from npser.errors import UserError
 
 SMALL = (
@@ -101,3 +103,24 @@ def test_the_shipped_table_is_whole():
     for line in lines:
         trials.setdefault(tuple(line[name] for name in develop.KEY), []).append(int(line["epoch"]))
     assert all(epochs == list(range(1, len(epochs) + 1)) for epochs in trials.values())
+
+
+def test_a_trial_in_the_table_does_not_make_the_commit_dirty(tmp_path):
+    def git(*words):
+        who = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+        return subprocess.run(["git", "-C", tmp_path, *who, *words], check=True, capture_output=True, text=True).stdout
+
+    assert commit_of(tmp_path) is None
+    measured, code = tmp_path / "bench/results/development.csv", tmp_path / "npser/code.py"
+    for file in (measured, code):
+        file.parent.mkdir(parents=True)
+        file.write_text("1\n")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "one")
+    commit = git("rev-parse", "--short=12", "HEAD").strip()
+    assert commit_of(tmp_path) == commit
+    measured.write_text("2\n")
+    assert commit_of(tmp_path) == commit
+    code.write_text("2\n")
+    assert commit_of(tmp_path) == f"{commit}-dirty"

@@ -12,6 +12,7 @@ from npser.corpus import open_corpus
 from npser.crossval import make_folds
 from npser.frontend import read_frames
 from npser.metrics import average_f1
+from npser.progress import Progress
 from npser.runfolder import RunFolder
 
 SHORT = ("--folds", "2", "--repeats", "1", "--epochs", "2", "--segment-hop", "40", "--threads", "1")
@@ -92,3 +93,16 @@ def test_the_same_command_again_computes_only_what_is_missing(finished, tones, m
     assert json.loads(lost.read_text())["utterances"] == before["utterances"]
     printed = capsys.readouterr().out
     assert all(f"\n{name} " in printed for name in leakage.EXPERIMENTS)
+
+
+def test_a_fold_of_every_experiment_comes_before_the_next_fold(tones, tmp_path, monkeypatch):
+    begun, begin = [], Progress.begin_fold
+
+    def seen(self, title, steps):
+        begun.append(title)
+        begin(self, title, steps)
+
+    monkeypatch.setattr(Progress, "begin_fold", seen)
+    options = ["--epochs", "1", "--segment-hop", "80"]
+    assert leakage.main(["--arch", "lstm", "--data", str(tones), *SHORT, *options, "--out", str(tmp_path)]) == 0
+    assert begun == [f"{training} 0.{fold}" for fold in (0, 1) for training in leakage.TRAININGS]
