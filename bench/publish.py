@@ -22,7 +22,7 @@ from npser.errors import UserError
 from npser.files import write_atomically
 from npser.foldresult import FoldResult
 from npser.packed import SUFFIX, Run, open_run, pack, unpack
-from npser.recipes import recipe_for
+from npser.recipes import OPTIONS, recipe_for
 from npser.report import PAPER_AVERAGE_F1, merged, percent, report
 from npser.runfolder import RunFolder
 
@@ -39,11 +39,20 @@ Published = dict[str, tuple[Mapping[str, Any], list[FoldResult]]]  # name -> con
 # --- files -------------------------------------------------------------------------------------------------------
 
 
+def changed_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of npser.train in which a run differs from its recipe as it is now."""
+    recipe = recipe_for(config["recipe"], config["arch"], config["corpus"] == "demo", {})
+    given = {**config["training"], **config}
+    return {name: given[name] for name in (*OPTIONS, "share_windows") if given[name] != getattr(recipe, name)}
+
+
 def name_of(config: Mapping[str, Any]) -> str:
-    """What a run is called: cnn-emodb-s0, lstm-emodb-speaker-s0, cnn-emodb-best-s0, honest-cnn-emodb-s0."""
+    """What a run is called: cnn-emodb-s0, lstm-emodb-speaker-s0, cnn-emodb-best-epochs4-s0, honest-cnn-emodb-s0."""
     parts = [config.get("experiment"), config["arch"], config["corpus"]]
     parts += [config["cv"] if config["cv"] != "stratified" else None]
-    parts += [config["recipe"] if config["recipe"] != "paper" else None, f"s{config['seed']}"]
+    parts += [config["recipe"] if config["recipe"] != "paper" else None]
+    parts += [f"{name.replace('_', '-')}{value}" for name, value in changed_options(config).items()]
+    parts += [f"s{config['seed']}"]
     return "-".join(part for part in parts if part)
 
 
@@ -122,7 +131,8 @@ def _summary(config: Mapping[str, Any], results: Sequence[FoldResult]) -> Any:
 
 
 def _what(config: Mapping[str, Any]) -> str:
-    return f"{config['arch']}, {config['recipe']} recipe"
+    changes = [f"{name.replace('_', ' ')} {value}" for name, value in changed_options(config).items()]
+    return ", ".join([f"{config['arch']}, {config['recipe']} recipe", *changes])
 
 
 def _done(config: Mapping[str, Any], results: Sequence[FoldResult]) -> str:
@@ -213,7 +223,7 @@ def _nested(published: Published) -> list[str]:
         if config.get("experiment") == "nested":
             frozen = [
                 folds for c, folds in _ordinary(published, "stratified").values()
-                if all(c[key] == config[key] for key in ("arch", "corpus", "folds", "seed", "recipe"))
+                if all(c[key] == config[key] for key in ("arch", "corpus", "folds", "seed", "recipe", *OPTIONS))
             ]  # fmt: skip
             shown = table(config, results, frozen[0] if frozen else [])
             parts.append(_titled(Table("Nested selection: F1 in per cent", shown.header, shown.rows)))
@@ -235,11 +245,9 @@ def command_of(config: Mapping[str, Any]) -> str:
     else:
         folds, repeats = 10, 1
     usual = {"recipe": "paper", "folds": folds, "repeats": repeats, "vote": "sum", "seed": 0}
-    recipe = recipe_for(config["recipe"], config["arch"], demo, {})
-    usual |= {name: getattr(recipe, name) for name in ("epochs", "batch_size", "segment_hop")}
-    for name, value in usual.items():
-        if config[name] != value:
-            words += [f"--{name.replace('_', '-')}", str(config[name])]
+    unusual = {name: config[name] for name, value in usual.items() if config[name] != value}
+    for name, value in (unusual | changed_options(config)).items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
     return shlex.join(words)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from npser.errors import UserError
 
 NAMES = ("paper", "best")
-_OPTIONS = ("epochs", "segment_hop", "batch_size")  # fields that are options of npser.train
+OPTIONS = ("epochs", "segment_hop", "batch_size")  # fields that have a place of their own in config.json
 
 
 @dataclass(frozen=True)
@@ -64,19 +64,19 @@ def recipe_for(name: str, arch: str, demo: bool, given: Mapping[str, Any]) -> Re
 def as_settings(recipe: Recipe) -> dict[str, Any]:
     """A recipe as config.json and model files hold it: what has an option of its own, then the rest as `training`."""
     everything = asdict(recipe)
-    own = {name: everything.pop(name) for name in _OPTIONS}
+    own = {name: everything.pop(name) for name in OPTIONS}
     return {**own, "training": everything | {"speeds": list(recipe.speeds)}}
 
 
 def from_settings(config: Mapping[str, Any]) -> Recipe:
     """The recipe that `as_settings` wrote."""
     rest = dict(config["training"])
-    return Recipe(**{name: config[name] for name in _OPTIONS}, **rest | {"speeds": tuple(rest["speeds"])})
+    return Recipe(**{name: config[name] for name in OPTIONS}, **rest | {"speeds": tuple(rest["speeds"])})
 
 
 def describe(recipe: Recipe) -> str:
     """A recipe on one line: epochs, hop and batch, then whatever differs from the plainest choice."""
-    said = [f"{name}={getattr(recipe, name)}" for name in ("epochs", "segment_hop", "batch_size")]
+    said = [f"{name}={getattr(recipe, name)}" for name in OPTIONS]
     for field in fields(Recipe)[1:]:
         value = getattr(recipe, field.name)
         if value != field.default and f"{field.name}={value}" not in said:

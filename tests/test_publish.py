@@ -27,7 +27,8 @@ LABELS = ("neutral", "anger")
 
 
 def config(**changes):
-    made = {**CONFIG, "recipe": "paper", **as_settings(RECIPES["paper"]["cnn"]), "arch": "cnn", "corpus": "emodb"}
+    arch = changes.get("arch", "cnn")
+    made = {**CONFIG, "recipe": "paper", **as_settings(RECIPES["paper"][arch]), "arch": arch, "corpus": "emodb"}
     return {**made, "folds": 2, "repeats": 2, **changes}
 
 
@@ -101,9 +102,13 @@ def test_a_growing_run_keeps_what_was_published(tmp_path):
     ((settings, folds),) = publish.shipped(runs).values()
     assert [(r.repeat, r.fold) for r in folds] == [(0, 0), (0, 1), (1, 0)]
     assert settings["epochs"] == config()["epochs"]
-    save(tmp_path / "other", config(epochs=99), [some_fold(1, 1)])
+    save(tmp_path / "other", config(folds=3), [some_fold(1, 1)])
     with pytest.raises(UserError, match="settings"):
         publish.publish([tmp_path / "other"], runs, pictures)
+    save(tmp_path / "longer", config(epochs=99), [some_fold(1, 1)])  # not the recipe: a run of its own
+    publish.publish([tmp_path / "longer"], runs, pictures)
+    assert list(publish.shipped(runs)) == ["cnn-emodb-epochs99-s0", "cnn-emodb-s0"]
+    assert "| cnn, paper recipe, epochs 99 | 1 of 4 |" in publish.results_text(publish.shipped(runs))
 
 
 def test_another_machine_goes_on_from_the_packed_run(tmp_path, capsys):
@@ -169,6 +174,7 @@ def test_only_the_part_between_the_markers_is_rewritten():
         ("--cv", "speaker", "--repeats", "2"),
         ("--recipe", "best", "--seed", "7"),
         ("--epochs", "3", "--segment-hop", "9", "--batch-size", "5", "--vote", "majority", "--folds", "4"),
+        ("--arch", "tdcnn", "--share-windows", "4"),
     ],
 )
 def test_the_command_that_is_shown_makes_the_run_again(options):
@@ -187,9 +193,9 @@ def test_a_real_run_is_published(tones, tmp_path):
     published = publish.shipped(tmp_path / "runs")
     ((name, (_, folds)),) = published.items()
     assert len(folds) == 2
-    assert f"| lstm, paper recipe | 2 of 2 | {100 * np.mean([publish_f1(r) for r in folds]):.2f} |" in (
-        publish.results_text(published)
-    )
+    assert name.endswith("-epochs2-segment-hop40-s0")
+    what, f1 = "lstm, paper recipe, epochs 2, segment hop 40", 100 * np.mean([publish_f1(r) for r in folds])
+    assert f"| {what} | 2 of 2 | {f1:.2f} |" in publish.results_text(published)
     assert all((tmp_path / "pictures" / f"{name}-{kind}.png").stat().st_size for kind in publish.DRAWN)
 
 
