@@ -1,24 +1,15 @@
 """python -m bench.leakage: what four practices do to the figures of one and the same network.
 
-The paper's words leave room for each of them, and each raises scores without making a network any better. They are
-experiments of their own here, beside the honest protocol, with the same networks and the same settings:
-
-    honest               utterances split into folds, oversampled in training only, decisions by utterance, last epoch
-    oversampled-first    utterances repeated until all classes are equally large, then split: copies of a test
-                         utterance are in training
-    windows-split        windows, not utterances, split into folds: a test window overlaps with training windows of the
-                         same recording; single windows scored
-    windows-split-voted  the same networks; the test windows of an utterance decide together
-    best-epoch           honest training, but of all epochs the one with the best F1 on the test fold is kept
-    windows-scored       honest training, but single windows are scored, not utterances
-
-Each is a run folder under --out, which npser.report reads, too. Run again to go on after an interruption.
+The paper's words leave room for each of them, and each may raise scores without making a network any better. They are
+experiments of their own here, beside the honest protocol, with the same networks and the same settings. Each is a run
+folder under --out, which npser.report reads, too. Run again to go on after an interruption.
 """
 
 import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from bench import protocol
@@ -41,7 +32,19 @@ TRAININGS = {
     "oversampled-first": ("oversampled-first",),
     "windows-split": ("windows-split", "windows-split-voted"),
 }
-EXPERIMENTS = ("honest", "oversampled-first", "windows-split", "windows-split-voted", "best-epoch", "windows-scored")
+EXPERIMENTS = {
+    "honest": "utterances split into folds, oversampled in training only, decisions by utterance, last epoch",
+    "oversampled-first": (
+        "utterances repeated until all classes are equally large, then split: copies of test utterances are in training"
+    ),
+    "windows-split": (
+        "windows, not utterances, split into folds, so that test windows overlap with training windows of the same "
+        "recording; single windows scored"
+    ),
+    "windows-split-voted": "the same networks; the test windows of an utterance decide together",
+    "best-epoch": "honest training, but of all epochs the one with the best F1 on the test fold is kept",
+    "windows-scored": "honest training, but single windows are scored, not utterances",
+}
 
 
 # --- the practices -----------------------------------------------------------------------------------------------
@@ -227,9 +230,10 @@ def table(runs: "Sequence[Run]") -> Table:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    described = [fill(f"{name}: {what}", 110, subsequent_indent="    ") for name, what in EXPERIMENTS.items()]
     p = Parser(
         prog="python -m bench.leakage",
-        description=__doc__,
+        description=f"{__doc__}\n" + "\n".join(described),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     protocol.add_options(p, Path("runs/leakage"))

@@ -212,7 +212,8 @@ def _leakage(published: Published) -> list[str]:
     if not made:
         return []
     shown = table([(Path(name), *run) for name, run in made])
-    return [_titled(shown), "What each experiment does is said by `python -m bench.leakage --help`."]
+    present = {config["experiment"] for config, _ in dict(made).values()}
+    return [_titled(shown), "\n".join(f"- {name}: {what}" for name, what in EXPERIMENTS.items() if name in present)]
 
 
 def _nested(published: Published) -> list[str]:
