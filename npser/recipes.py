@@ -38,7 +38,7 @@ RECIPES: Mapping[str, Mapping[str, Recipe]] = {
     "paper": {
         "cnn": Recipe(epochs=5, segment_hop=8),
         "lstm": Recipe(epochs=12, clip_norm=1.0),
-        "tdcnn": Recipe(epochs=4),
+        "tdcnn": Recipe(epochs=8),
     },
     "best": {
         "cnn": Recipe(epochs=16, speeds=(0.95, 1.05), moving=True, final_rate=0.05),
