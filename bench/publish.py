@@ -182,16 +182,17 @@ def _speakers(published: Published) -> list[str]:
     """Leave one speaker out: what to expect of a new speaker."""
     from npser.analysis import speaker_matrices, uar_interval
 
-    rows = []
-    for config, results in _ordinary(published, "speaker").values():
+    rows, pictures = [], []
+    for name, (config, results) in _ordinary(published, "speaker").items():
         s = _summary(config, results)
         interval = uar_interval(speaker_matrices(results, config["vote"]))
         between = f"{percent(interval.low)} to {percent(interval.high)}" if interval else "-"
         figures = (s.uar.pooled, s.average_f1.pooled, s.average_f1.mean, s.accuracy.pooled)
         shown = list(map(percent, figures))
         rows.append((_what(config), _done(config, results), shown[0], between, *shown[1:]))
+        pictures.append(_pictures(name))
     header = ("network", "folds done", "pooled UAR", "95 % interval", "pooled F1", "F1, mean of folds", "accuracy")
-    return [_titled(Table("Leave one speaker out, in per cent", header, tuple(rows)))] if rows else []
+    return [_titled(Table("Leave one speaker out, in per cent", header, tuple(rows))), *pictures] if rows else []
 
 
 def _order(published: Published) -> list[str]:
