@@ -226,7 +226,7 @@ def table(runs: "Sequence[Run]") -> Table:
             figures = (s.average_f1.mean, s.average_f1.over_folds, s.uar.mean, s.accuracy.mean)
             rows.append((name, str(s.folds), percent(figures[0]), change, *map(percent, figures[1:])))
     header = ("experiment", "folds", "average F1", "change", "+- folds", "UAR", "accuracy")
-    return Table("What each practice does, figures in per cent, means of the folds", header, tuple(rows))
+    return Table("what each practice does, figures in per cent, means of the folds", header, tuple(rows))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

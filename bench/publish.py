@@ -207,14 +207,19 @@ def _order(published: Published) -> list[str]:
 
 
 def _leakage(published: Published) -> list[str]:
+    """A table for each network, then what each experiment does."""
     from bench.leakage import EXPERIMENTS, table
 
-    made = [unpacked for unpacked in published.items() if unpacked[1][0].get("experiment") in EXPERIMENTS]
-    if not made:
-        return []
-    shown = table([(Path(name), *run) for name, run in made])
-    present = {config["experiment"] for config, _ in dict(made).values()}
-    return [_titled(shown), "\n".join(f"- {name}: {what}" for name, what in EXPERIMENTS.items() if name in present)]
+    made = {name: r for name, r in published.items() if r[0].get("experiment") in EXPERIMENTS}
+    parts = []
+    for arch in ARCHITECTURES:
+        own = [(Path(name), *r) for name, r in made.items() if r[0]["arch"] == arch]
+        if own:
+            shown = table(own)
+            parts.append(_titled(Table(f"{arch}: {shown.title}", shown.header, shown.rows)))
+    present = {config["experiment"] for config, _ in made.values()}
+    said = "\n".join(f"- {name}: {what}" for name, what in EXPERIMENTS.items() if name in present)
+    return [*parts, said] if parts else []
 
 
 def _nested(published: Published) -> list[str]:
