@@ -124,3 +124,22 @@ def test_updates(make, N, I, J, lr, momentum):
     exact_w, exact_v = wide(w, v)
     reference.sgd_update(exact_w, exact_v, dw.astype(np.float64), lr, momentum)  # from the same float32 gradient
     assert_within(twice_v, exact_v, momentum * abs_v + lr * np.abs(dw), "v", tolerance=1e-6)
+
+
+@pytest.mark.parametrize("update", ["sgd_update", "matmul_update", "sparse.matmul_update"])
+def test_velocities_end_before_they_are_denormal(update):
+    """In whole vectors and behind them. Anything above 1e-30 stays, and so does what is not a number."""
+    shape = ROWS + 1, sparse.WIDTH + 1
+    w, v, lr, momentum = np.full(shape, 1e-20, np.float32), np.full(shape, 1e-29, np.float32), 0.1, 0.01
+    v[1], v[2], v[:, -2], v[-1, -1] = 1e-27, -1e-27, np.nan, -2e-28
+    expected = np.float32(momentum) * v
+    expected[np.abs(v) == np.float32(1e-29)] = 0
+    x, dy = np.zeros((3, shape[0]), np.float32), np.zeros((3, shape[1]), np.float32)
+    if update == "sgd_update":
+        cpu.sgd_update(w, v, np.zeros_like(w), lr, momentum)
+    elif update == "matmul_update":
+        matmul_module.matmul_update(x.T, dy, w, v, lr, momentum)
+    else:
+        sparse.matmul_update(x, dy, w, v, lr, momentum)
+    np.testing.assert_array_equal(v, expected)
+    np.testing.assert_array_equal(w, np.where(np.isnan(expected), np.nan, np.float32(1e-20)))

@@ -289,6 +289,11 @@ def test_where():
     np.testing.assert_array_equal(y, np.where(RANGE > 1, 7, 250))
 
 
+def test_abs():
+    x = lanes(-2.5, 0.0, 7.0, -INF, -1e-40)
+    np.testing.assert_array_equal(mapped(lambda k, x: abs(x), x), np.abs(x))
+
+
 def test_clamp():
     x = lanes(-INF, -2.5, -2, -1, 0, 2.9, 3, 3.1, 1e30, INF, NAN)
     np.testing.assert_array_equal(mapped(lambda k, x: k.clamp(x, -2, 3), x), np.clip(x, -2, 3))

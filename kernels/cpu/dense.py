@@ -1,4 +1,4 @@
-"""Dense layers on the CPU, and the SGD step.
+"""Dense layers on the CPU.
 
 Floors for x (N, I) and w (I, J): 2*N*I*J operations for each of the three products. With few rows and many weights
 (the first LSTM of tdcnn: N = 128, I*J = 134 million) the weights themselves are the traffic: forward and dx read them
@@ -7,27 +7,10 @@ written to memory and read again. `dense_update_weights` applies the gradient wh
 x is zeros, both multiply what is not (`kernels.cpu.sparse`).
 """
 
-import numba as nb
-import numpy as np
-
 from kernels.cpu import sparse
 from kernels.cpu.matmul import matmul, matmul_transposed, matmul_update
-from kernels.cpu.tools import Array, as_float32, check_in_place, check_shapes, compiled
-
-
-@compiled(parallel=True)
-def _sgd(w: Array, v: Array, dw: Array, lr: np.float32, momentum: np.float32) -> None:
-    for i in nb.prange(w.size):
-        v[i] = momentum * v[i] - lr * dw[i]
-        w[i] += v[i]
-
-
-def sgd_update(w: Array, v: Array, dw: Array, lr: float, momentum: float) -> None:
-    """See `kernels.reference.sgd_update`; w and v are C-contiguous, and changed in place."""
-    (dw,) = as_float32(dw=dw)
-    check_in_place(w=w, v=v)
-    check_shapes(w=(w, dw.shape), v=(v, dw.shape))
-    _sgd(w.reshape(-1), v.reshape(-1), dw.reshape(-1), np.float32(lr), np.float32(momentum))
+from kernels.cpu.sgd import sgd_update
+from kernels.cpu.tools import Array, as_float32, check_in_place, check_shapes
 
 
 def dense_forward(x: Array, w: Array, b: Array) -> Array:

@@ -27,6 +27,7 @@ from typing import Any
 import numba as nb
 import numpy as np
 
+from kernels.cpu.sgd import sgd_step, velocity_after
 from kernels.cpu.simd import LANES, REGISTERS, Emitter, Int, Ptr, kernel
 from kernels.cpu.tools import Array, compiled, round_up, scratch, thread_id
 
@@ -142,9 +143,7 @@ def update_product(
         _accumulate(k, acc, a + done * ROWS, 1, ROWS, b + done * COLUMNS, quarter if q < 3 else depth - done)
     rate, keep = k.splat(lr), k.splat(momentum)
     for at, gradient in zip(places, [acc[r][v] for r in range(ROWS) for v in range(VECS)], strict=True):
-        step = keep * k.load(velocity + at) - rate * gradient.get()
-        k.store(velocity + at, step)
-        k.store(w + at, k.load(w + at) + step)
+        sgd_step(k, w + at, velocity + at, gradient.get(), rate, keep)
 
 
 # --- packing -----------------------------------------------------------------------------------------------------
@@ -449,7 +448,7 @@ def _update(a: Array, b: Array, w: Array, velocity: Array, edges: Array, factors
                     add_product(at_a, at_b, K, edge.ctypes.data, COLUMNS, edge.ctypes.data, COLUMNS)
                     for r in range(min(ROWS, M - m)):
                         for x in range(min(COLUMNS, N - n)):
-                            velocity[m + r, n + x] = keep * velocity[m + r, n + x] - rate * edge[r, x]
+                            velocity[m + r, n + x] = velocity_after(velocity[m + r, n + x], edge[r, x], rate, keep)
                             w[m + r, n + x] += velocity[m + r, n + x]
 
 

@@ -180,6 +180,10 @@ class Vec(Value):
 
     __radd__, __rmul__ = __add__, __mul__
 
+    def __abs__(self) -> "Vec":
+        function = _function(self.k.b.module, ir.FunctionType(VEC, [VEC]), f"llvm.fabs.v{LANES}f32")
+        return Vec(self.k, self.k.b.call(function, [self.ir]))
+
     def _compare(self, how: str, other: Number) -> Mask:
         return Mask(self.k, self.k.b.fcmp_ordered(how, self.ir, self._operand(other)))
 

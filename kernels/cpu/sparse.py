@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from kernels.cpu.matmul import COLUMNS as PANEL
 from kernels.cpu.matmul import pack_all_columns, pack_columns
+from kernels.cpu.sgd import sgd_step, velocity_after
 from kernels.cpu.simd import LANES, Bytes, Emitter, Int, Ptr, Var, Vec, kernel
 from kernels.cpu.tools import Array, compiled, round_up, scratch, thread_id
 
@@ -150,9 +151,7 @@ def update_row(
     rate, keep = k.splat(lr), k.splat(momentum)
     for v in range(VECS):
         at = LANES * v
-        step = keep * k.load(velocity + at) - rate * acc[v].get()
-        k.store(velocity + at, step)
-        k.store(w + at, k.load(w + at) + step)
+        sgd_step(k, w + at, velocity + at, acc[v].get(), rate, keep)
 
 
 @kernel
@@ -272,7 +271,7 @@ def _update(lists: Lists, panels: Array, w: Array, velocity: Array, zeros: Array
             if not whole:
                 for r in range(first, first + rows):
                     for i in range(N - n):
-                        velocity[r, n + i] = keep * velocity[r, n + i] - rate * mine[r - first, i]
+                        velocity[r, n + i] = velocity_after(velocity[r, n + i], mine[r - first, i], rate, keep)
                         w[r, n + i] += velocity[r, n + i]
 
 
