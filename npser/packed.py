@@ -51,12 +51,12 @@ def open_run(path: Path | str) -> Run:
 
 def pack(config: Mapping[str, Any], results: Sequence[FoldResult], path: Path) -> None:
     """Write the file. ValueError where shortened probabilities would change a decision."""
-    folds = [json.loads(_shortened(r).to_json()) for r in sorted(results, key=lambda r: (r.repeat, r.fold))]
+    folds = [json.loads(as_packed(r).to_json()) for r in sorted(results, key=lambda r: (r.repeat, r.fold))]
     text = json.dumps({"config": dict(config), "folds": folds}, separators=(",", ":"), allow_nan=False)
     write_atomically(path, lzma.compress(text.encode("utf-8", "surrogateescape"), preset=9))
 
 
-def _shortened(result: FoldResult) -> FoldResult:
+def as_packed(result: FoldResult) -> FoldResult:
     """The fold with probabilities of seven digits; its constructor refuses one that contradicts its matrices."""
     utterances = tuple(
         replace(u, probabilities=tuple(float(f"{p:.7g}") for p in u.probabilities)) for u in result.utterances

@@ -1,0 +1,95 @@
+"""python -m bench.again: a published fold computed again, and what came out beside what is published.
+
+    python -m bench.again                                                    a fold drawn at random from all that ship
+    python -m bench.again bench/results/runs/lstm-emodb-s0.json.xz           one of this run's
+    python -m bench.again bench/results/runs/lstm-emodb-s0.json.xz --fold 0.8
+
+The fold is computed by the command that the README gives for its run, with --only; its folder starts from the published
+config.json, so that npser.train refuses other settings and other data. On the same kind of machine with the same
+versions of the packages, every digit should come out again; on another, training rounds differently and decides some
+utterances otherwise. Exit status 0 where all decisions are the published ones, 1 where not.
+"""
+
+import argparse
+import random
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.publish import RUNS, command_of
+from npser import train
+from npser.cli import Parser, run
+from npser.document import Table, text_table
+from npser.errors import UserError
+from npser.foldresult import FoldResult
+from npser.metrics import average_f1
+from npser.options import repeat_and_fold
+from npser.packed import SUFFIX, PackedRun, as_packed, unpack
+from npser.report import percent
+from npser.runfolder import MAY_CHANGE, RunFolder
+
+
+def draw(files: Sequence[Path], fold: tuple[int, int] | None) -> tuple[PackedRun, FoldResult]:
+    """A run and its fold: one of all that the files hold, each as likely as any other, or the one that is named."""
+    runs = [packed for packed in map(unpack, files) if not packed.config.get("experiment")]
+    found = [(packed, result) for packed in runs for result in packed.folds]
+    if fold is not None:
+        found = [(packed, result) for packed, result in found if (result.repeat, result.fold) == fold]
+    if not found:
+        wanted = "of npser.train" if fold is None else f"{fold[0]}.{fold[1]}"
+        raise UserError(f"{', '.join(map(str, files)) or RUNS}: no finished fold {wanted} is published there")
+    return random.SystemRandom().choice(found)
+
+
+def differences(published: FoldResult, again: FoldResult, vote: str) -> tuple[Table, int]:
+    """The two folds side by side, and how many utterances were decided otherwise."""
+    theirs, ours = ({u.file: u for u in result.utterances} for result in (published, again))
+    otherwise = [f for f, u in theirs.items() if u.by_vote(vote, again.labels) != ours[f].by_vote(vote, again.labels)]
+    probabilities = (
+        abs(p - q) for f, u in theirs.items() for p, q in zip(u.probabilities, ours[f].probabilities, strict=True)
+    )
+    losses = (abs(a.loss - b.loss) for a, b in zip(published.epochs, again.epochs, strict=True))
+    rows = [
+        (what, *(str((result.run.get("versions") or {}).get(what)) for result in (published, again)), "")
+        for what in ("commit", "python", "numpy", "numba")
+    ]
+    rows += [
+        ("machine", *(str(result.run.get("machine")) for result in (published, again)), ""),
+        ("threads", *(str(result.run.get("threads")) for result in (published, again)), ""),
+        ("training loss, last epoch", *(f"{result.epochs[-1].loss:.6g}" for result in (published, again)),
+         f"{max(losses, default=0.0):.2g} at most, of all epochs"),
+        ("average F1", *(percent(average_f1(result.matrix(vote))) for result in (published, again)), ""),
+        ("decisions", *(str(len(result.utterances)) for result in (published, again)), f"{len(otherwise)} otherwise"),
+        ("probabilities", "", "", f"{max(probabilities, default=0.0):.2g} at most"),
+    ]  # fmt: skip
+    title = f"Fold {published.repeat}.{published.fold}, published and computed again"
+    return Table(title, ("", "published", "again", "difference"), tuple(rows), left=3), len(otherwise)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    p = Parser(prog="python -m bench.again", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("run", nargs="?", type=Path, help="a published run (default: drawn from all)")
+    p.add_argument(
+        "--fold", type=repeat_and_fold, metavar="R.F", help="repeat and fold (default: drawn from the run's)"
+    )
+    p.add_argument("--data", help="where the corpus is (default: the name it was published under: emodb, demo)")
+    p.add_argument("--out", type=Path, help="run folder (default: runs/again-<run>); an interrupted fold goes on there")
+    options = p.parse_args(arguments)
+    packed, published = draw([options.run] if options.run else sorted(RUNS.glob(f"*{SUFFIX}")), options.fold)
+    name = packed.path.name.removesuffix(SUFFIX)
+    fold = f"{published.repeat}.{published.fold}"
+    out = options.out or Path(f"runs/again-{name}")
+    print(f"fold {fold} of {packed.path}; to go on after an interruption:")
+    print(f"    python -m bench.again {shlex.quote(str(packed.path))} --fold {fold}\n")
+    RunFolder.open_or_create(out, packed.config, MAY_CHANGE, (published.repeat, published.fold))  # not kept: unlocked
+    words = shlex.split(command_of(packed.config))[3:]
+    words += ["--data", options.data] if options.data else []
+    train.main([*words, "--only", fold, "--out", str(out)])
+    again = as_packed(RunFolder.open(out).load_fold(published.repeat, published.fold))
+    table, otherwise = differences(published, again, packed.config["vote"])
+    print(f"\n{text_table(table)}")
+    return 1 if otherwise else 0
+
+
+if __name__ == "__main__":
+    run("bench.again", main)
