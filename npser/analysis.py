@@ -58,8 +58,10 @@ def uar_interval(matrices: Mapping[str, NDArray[np.int64]], resamples: int = RES
     if len(matrices) < 2 or "" in matrices:
         return None
     stacked = np.array(list(matrices.values()), dtype=np.float64)  # (S, K, K)
-    low, high = np.percentile(_uars(stacked[None] * _draws(len(stacked), resamples)[:, :, None, None]), _CONFIDENCE)
-    return Interval(float(_uars(stacked[None])[0]), float(low), float(high), len(stacked))
+    S, K, _ = stacked.shape
+    resampled = (_draws(S, resamples) @ stacked.reshape(S, K * K)).reshape(resamples, K, K)
+    low, high = np.percentile(_uars(resampled), _CONFIDENCE)
+    return Interval(float(_uars(stacked.sum(axis=0, keepdims=True))[0]), float(low), float(high), S)
 
 
 def _draws(speakers: int, resamples: int) -> Floats:
@@ -68,9 +70,8 @@ def _draws(speakers: int, resamples: int) -> Floats:
     return rng.multinomial(speakers, np.full(speakers, 1 / speakers), size=resamples).astype(np.float64)
 
 
-def _uars(weighted: Floats) -> Floats:
-    """(N, S, K, K) -> (N,) UAR of the sums over S; classes that do not occur are left out."""
-    matrix = weighted.sum(axis=1)
+def _uars(matrix: Floats) -> Floats:
+    """(N, K, K) -> (N,) UAR of each matrix; classes that do not occur are left out."""
     occurring = matrix.sum(axis=2)
     recall = np.diagonal(matrix, axis1=1, axis2=2) / np.maximum(occurring, 1)
     means: Floats = recall.sum(axis=1) / np.maximum((occurring > 0).sum(axis=1), 1)
@@ -154,19 +155,23 @@ class Paired:
 
 
 def paired(a: Sequence[FoldResult], b: Sequence[FoldResult], vote_a: str, vote_b: str) -> Paired | None:
-    """Compare two runs over the same utterances; None when they have none in common.
+    """Compare two runs over the same utterances in the same repeats; None when they have none in common.
 
-    An utterance's accuracy is the share of right decisions over the repeats. With w_u = 1 / (K n_k) for each of the n_k
-    utterances of class k, the difference of the UARs is the sum over the utterances of w_u (accuracy in A - in B).
+    An utterance's accuracy is the share of right decisions over the repeats that both runs have of it: shares of one
+    decision and of two are no pair. With w_u = 1 / (K n_k) for each of the n_k utterances of class k, the difference of
+    the UARs is the sum over the utterances of w_u (accuracy in A - in B).
     """
     from scipy.stats import binomtest
 
-    right_a, right_b = _accuracies(a, vote_a), _accuracies(b, vote_b)
-    common = sorted(set(right_a) & set(right_b))
-    if not common:
+    right_a, right_b = _decisions(a, vote_a), _decisions(b, vote_b)
+    differences: dict[Key, list[int]] = {}
+    for key, repeat in sorted(set(right_a) & set(right_b)):
+        differences.setdefault(key, []).append(right_a[key, repeat] - right_b[key, repeat])
+    if not differences:
         return None
+    common = list(differences)
     per_class = Counter(truth for _, truth, _ in common)
-    d = np.array([right_a[key] - right_b[key] for key in common])
+    d = np.array([np.mean(difference) for difference in differences.values()])
     w = np.array([1 / (len(per_class) * per_class[truth]) for _, truth, _ in common])
     names = sorted({speaker for _, _, speaker in common})
     of = np.array([names.index(speaker) for _, _, speaker in common])
@@ -184,7 +189,7 @@ def paired(a: Sequence[FoldResult], b: Sequence[FoldResult], vote_a: str, vote_b
 
 
 def paired_folds(
-    a: Sequence[FoldResult], b: Sequence[FoldResult], vote_a: str, vote_b: str
+    a: Sequence[FoldResult], b: Sequence[FoldResult], vote_a: str, vote_b: str, corpus: int
 ) -> tuple[float, float, int] | None:
     """The mean difference of the folds' average F1, its p value, and how many folds both runs have in common.
 
@@ -193,6 +198,8 @@ def paired_folds(
     corrected resampled t test; Nadeau and Bengio 2003):
 
         t = mean(d) / sqrt((1/J + n_test/n_train) var(d))        J folds, Student's t with J - 1 degrees of freedom
+
+    corpus: how many utterances there are; those that a fold does not test, it trains on.
     """
     from scipy.stats import t
 
@@ -201,9 +208,8 @@ def paired_folds(
     if len(common) < 2 or any({u.file for u in x.utterances} != {u.file for u in y.utterances} for x, y in common):
         return None
     d = np.array([average_f1(x.matrix(vote_a)) - average_f1(y.matrix(vote_b)) for x, y in common])
-    everything = len({u.file for r in a for u in r.utterances})
     tested = float(np.mean([len(x.utterances) for x, _ in common]))
-    variance = (1 / len(d) + tested / max(everything - tested, 1)) * float(d.var(ddof=1))
+    variance = (1 / len(d) + tested / max(corpus - tested, 1)) * float(d.var(ddof=1))
     if variance == 0:
         return float(d.mean()), float(d.mean() == 0), len(d)
     return float(d.mean()), float(2 * t.sf(abs(d.mean()) / np.sqrt(variance), len(d) - 1)), len(d)
@@ -212,12 +218,13 @@ def paired_folds(
 Key = tuple[str, str, str]  # file, truth, speaker
 
 
-def _accuracies(results: Sequence[FoldResult], vote: str) -> dict[Key, float]:
-    made: dict[Key, list[bool]] = {}
-    for result in results:
-        for u in result.utterances:
-            made.setdefault((u.file, u.truth, u.speaker), []).append(u.by_vote(vote, result.labels) == u.truth)
-    return {key: sum(right) / len(right) for key, right in made.items()}
+def _decisions(results: Sequence[FoldResult], vote: str) -> dict[tuple[Key, int], bool]:
+    """Whether each utterance was recognised in each repeat."""
+    return {
+        ((u.file, u.truth, u.speaker), result.repeat): u.by_vote(vote, result.labels) == u.truth
+        for result in results
+        for u in result.utterances
+    }
 
 
 def _signs(n: int) -> Floats:

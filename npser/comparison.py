@@ -75,7 +75,7 @@ def pairs(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
         if result is None:
             apart.append(f"{a} and {b}")
             continue
-        if folds := paired_folds(run_a[2], run_b[2], run_a[1]["vote"], run_b[1]["vote"]):
+        if folds := _paired_folds(run_a, run_b):
             over_folds.append((f"{a} - {b}", str(folds[2]), f"{100 * folds[0]:+.2f}", probability(folds[1])))
         known = not math.isnan(result.low)
         between = f"{100 * result.low:+.2f} to {100 * result.high:+.2f}" if known else "-"
@@ -87,11 +87,11 @@ def pairs(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
         header = ("pair", "utterances", "UAR", "95 % interval", "p, speakers", "better : worse", "p, utterances")
         blocks.append(Table("Paired: difference of the UAR in points, over the common utterances", header, tuple(rows)))
         blocks.append(
-            "An utterance counts with the share of its repeats that were right. Interval: bootstrap over speakers, "
-            f"{RESAMPLES} resamples. p, speakers: how often a difference as large arises when the two runs are "
-            "exchanged for whole speakers at random. better : worse counts the utterances that the first or the second "
-            "run got right more often; p, utterances is the exact sign test on these counts (with one repeat McNemar's "
-            "test), which takes utterances of one speaker for independent."
+            "An utterance counts with the share of its repeats that were right, of those that both runs have. "
+            f"Interval: bootstrap over speakers, {RESAMPLES} resamples. p, speakers: how often a difference as large "
+            "arises when the two runs are exchanged for whole speakers at random. better : worse counts the utterances "
+            "that the first or the second run got right more often; p, utterances is the exact sign test on these "
+            "counts (with one repeat McNemar's test), which takes utterances of one speaker for independent."
             + (" Not corrected for the number of pairs." if len(rows) > 1 else "")
         )
     if over_folds:
@@ -106,6 +106,16 @@ def pairs(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
     if apart:
         blocks.append(f"No utterance in common, so no paired test: {'; '.join(apart)}.")
     return blocks
+
+
+def _paired_folds(a: Run, b: Run) -> tuple[float, float, int] | None:
+    """`paired_folds` where it applies: not where all repeats have one training set."""
+    (_, config_a, folds_a), (_, config_b, folds_b) = a, b
+    if "split" in (config_a.get("cv"), config_b.get("cv")):
+        return None
+    tested = len({u.file for results in (folds_a, folds_b) for result in results for u in result.utterances})
+    corpus = config_a.get("utterances", tested)  # old runs do not say
+    return paired_folds(folds_a, folds_b, config_a["vote"], config_b["vote"], max(corpus, tested))
 
 
 def probability(p: float) -> str:

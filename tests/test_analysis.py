@@ -123,16 +123,17 @@ def test_learning_curves():
 
 
 def test_paired_difference_and_its_p_values_by_brute_force():
-    a = [random_fold(UNEVEN, 1), random_fold(UNEVEN, 2, repeat=1)]
-    b = [random_fold(EVEN, 5)]
+    a = [random_fold(UNEVEN, 1), random_fold(UNEVEN, 2, repeat=1), random_fold(UNEVEN, 3, repeat=2)]
+    b = [random_fold(EVEN, 5, repeat=2), random_fold(EVEN, 6)]
     result = paired(a, b, "sum", "sum")
     accuracy = {}
     for name, folds in (("a", a), ("b", b)):
         for f in folds:
             for u in f.utterances:
-                accuracy.setdefault((u.file, u.speaker, u.truth), {}).setdefault(name, []).append(
-                    u.prediction == u.truth
-                )
+                if f.repeat != 1:  # which b does not have
+                    accuracy.setdefault((u.file, u.speaker, u.truth), {}).setdefault(name, []).append(
+                        u.prediction == u.truth
+                    )
     d = {key: np.mean(v["a"]) - np.mean(v["b"]) for key, v in accuracy.items()}
     classes = {truth: [x for (_, _, t), x in d.items() if t == truth] for truth in LABELS}
     assert result.difference == pytest.approx(np.mean([np.mean(x) for x in classes.values()]))
@@ -151,6 +152,18 @@ def test_the_test_holds_its_level_and_finds_what_is_there():
     assert 0 < sum(r.p_speakers < 0.2 for r in same) < 24
     good = dict.fromkeys("abcdefgh", 0.95)
     assert paired([random_fold(good)], [random_fold(EVEN)], "sum", "sum").p_speakers < 0.05
+
+
+def test_more_repeats_are_no_advantage():
+    """Of two networks of one kind, neither is better more often, however many repeats one of them has."""
+    pairs = [
+        paired(
+            [random_fold(EVEN, s)], [random_fold(EVEN, 1000 + 100 * n + s, repeat=n) for n in range(5)], "sum", "sum"
+        )
+        for s in range(60)
+    ]
+    assert sum(r.a_better for r in pairs) == pytest.approx(sum(r.b_better for r in pairs), rel=0.1)
+    assert 0 < sum(r.p_utterances < 0.2 for r in pairs) < 16
 
 
 def test_a_run_against_itself():
@@ -193,13 +206,18 @@ def test_folds_are_paired_with_the_corrected_t_test():
 
     a, b = run([10, 8, 10, 8]), run([8, 8, 8, 6])
     d = np.array([average_f1(x.matrix("sum")) - average_f1(y.matrix("sum")) for x, y in zip(a, b, strict=True)])
-    mean, p, folds = paired_folds(a, b, "sum", "sum")
+    mean, p, folds = paired_folds(a, b, "sum", "sum", 40)
     assert folds == 4
     np.testing.assert_allclose(mean, d.mean())
     # 4 folds of 10: training sets of 30, so a variance of (1/4 + 1/3) var(d)
     statistic = d.mean() / np.sqrt((1 / 4 + 1 / 3) * d.var(ddof=1))
     np.testing.assert_allclose(p, 2 * (1 - t.cdf(statistic, 3)), rtol=1e-9)
-    np.testing.assert_allclose(paired_folds(b, a, "sum", "sum")[:2], (-mean, p))
-    assert paired_folds(a, a, "sum", "sum")[:2] == (0.0, 1.0)
-    assert paired_folds(a, b[:1], "sum", "sum") is None
-    assert paired_folds(a, [fold({"x.wav": ("s", 0, 0, 0.1)}), *b[1:]], "sum", "sum") is None
+    np.testing.assert_allclose(paired_folds(b, a, "sum", "sum", 40)[:2], (-mean, p))
+    assert paired_folds(a, a, "sum", "sum", 40)[:2] == (0.0, 1.0)
+    assert paired_folds(a, b[:1], "sum", "sum", 40) is None
+    assert paired_folds(a, [fold({"x.wav": ("s", 0, 0, 0.1)}), *b[1:]], "sum", "sum", 40) is None
+    # half of the folds: each still trained on the 30 others, whichever run comes first
+    mean, p, folds = paired_folds(a[:2], b, "sum", "sum", 40)
+    statistic = d[:2].mean() / np.sqrt((1 / 2 + 1 / 3) * d[:2].var(ddof=1))
+    np.testing.assert_allclose((mean, p, folds), (d[:2].mean(), 2 * t.sf(statistic, 1), 2), rtol=1e-9)
+    np.testing.assert_allclose(paired_folds(b, a[:2], "sum", "sum", 40), (-mean, p, 2))
