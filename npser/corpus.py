@@ -74,7 +74,8 @@ def open_corpus(which: str) -> Corpus:
 def cross_corpus(train: Corpus, test: Corpus) -> Corpus:
     """Both corpora as one, split into "train" and "test", with the emotions that they share.
 
-    Names and speakers are prefixed with the name of their corpus. UserError when fewer than two emotions are shared.
+    Names and speakers are prefixed with the name of their corpus. UserError when fewer than two emotions are shared,
+    or a recording is in both.
     """
     if "demo" in (train.name, test.name):
         raise UserError("--test-data: the built-in corpus is made of no files: python -m npser.synthetic writes them")
@@ -84,6 +85,9 @@ def cross_corpus(train: Corpus, test: Corpus) -> Corpus:
             f"--test-data: {train.name} and {test.name} share {', '.join(shared) or 'no emotion'}, at least two are "
             f"needed: {train.name} has {', '.join(train.labels)}; {test.name} has {', '.join(test.labels)}"
         )
+    trained_on = {os.path.realpath(u.path) for u in train.utterances}
+    if both := [u.path for u in test.utterances if os.path.realpath(u.path) in trained_on]:
+        raise UserError(f"--test-data: has {len(both)} of the recordings of --data, {both[0]} for one: tests need others")
     utterances: list[Utterance] = []
     skipped: list[str] = []
     unshared: list[str] = []  # last, so that they hide no other reason
@@ -183,9 +187,9 @@ def _csv_corpus(file: Path) -> Corpus:
             raise UserError(f"--data {file}: line {line} has no {'emotion' if name else 'path'}")
         if not os.path.isfile(path):
             raise UserError(f"--data {file}: line {line}: there is no file {path}")
-        if name in seen:
+        if os.path.realpath(path) in seen:
             raise UserError(f"--data {file}: line {line}: {name} is there twice")
-        seen.add(name)
+        seen.add(os.path.realpath(path))
         if "split" in columns and cells["split"] not in ("train", "test"):
             skipped.append(f"{name}: its split is {cells['split'] or 'empty'}, neither train nor test")
             continue

@@ -447,8 +447,13 @@ def test_cross_corpus(place, tmp_path):
     assert len(joint.skipped) == 2
     assert "surprise is in only one" in joint.skipped[1]
     assert joint.read(joint.utterances[0]).size == 1600
-    twice = cross_corpus(open_corpus(str(tmp_path / "one")), open_corpus(str(tmp_path / "one")))
-    assert len({u.name for u in twice.utterances}) == 6
+    for name in ("again/03a01Wa.wav", "again/03a01Fa.wav"):
+        place(name)
+    twice = cross_corpus(open_corpus(str(tmp_path / "one")), open_corpus(str(tmp_path / "again")))
+    assert len({u.name for u in twice.utterances}) == 5 - 1  # boredom is in one of them only
+    (tmp_path / "again" / "16a01Wb.wav").symlink_to(tmp_path / "one" / "03a01Wa.wav")
+    with pytest.raises(UserError, match=r"--test-data: has 1 of the recordings of --data, .*16a01Wb\.wav for one"):
+        cross_corpus(open_corpus(str(tmp_path / "one")), open_corpus(str(tmp_path / "again")))
     with pytest.raises(UserError, match="built-in"):
         cross_corpus(open_corpus("demo"), open_corpus(str(tmp_path / "two")))
     place("three/happy/a.wav"), place("three/weird/a.wav")
