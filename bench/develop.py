@@ -12,6 +12,7 @@ import csv
 import io
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ from npser.recipes import NAMES, RECIPES, Recipe, changed, describe
 
 TABLE = Path(__file__).parent / "results" / "development.csv"
 COLUMNS = (
-    "arch", "corpus", "fold", "held_out", "seed", "settings", "commit", "note", "epoch",
+    "arch", "corpus", "folds", "fold", "held_out", "seed", "settings", "commit", "note", "epoch",
     "training_loss", "training_accuracy", "uar", "f1", "uar_majority", "uar_mean", "f1_mean", "seconds", "f1_votes",
 )  # fmt: skip
-KEY = COLUMNS[:6]  # what makes a trial
+KEY = COLUMNS[:7]  # what makes a trial
 AVERAGED = 3  # last epochs whose weights are averaged (_mean), that vote together (_votes), that the summary looks at
 
 Line = dict[str, Any]
@@ -40,10 +41,20 @@ def numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 0,2 or 0-4") from None
 
 
+def fraction(text: str) -> float:
+    """An argparse type: a part of something, neither nothing nor all of it."""
+    try:
+        if 0 < float(text) < 1:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
+
+
 def parser() -> argparse.ArgumentParser:
     p = Parser(prog="python -m bench.develop", description=__doc__)
     p.add_argument("--arch", required=True, choices=("cnn", "lstm", "tdcnn"))
-    p.add_argument("--data", default="demo", help="demo, emodb or a folder, as for npser.train (default: demo)")
+    p.add_argument("--data", help="demo, emodb or a folder, as for npser.train; must be said, but for --summary")
     p.add_argument("--recipe", choices=NAMES, default="paper", help="the recipe to start from (default: paper)")
     p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field of the recipe")
     p.add_argument("--folds", type=whole(2), default=10, help="folds of the cross-validation (default: 10)")
@@ -51,7 +62,10 @@ def parser() -> argparse.ArgumentParser:
         "--fold", type=numbers, default=[0], help="whose training utterances are used, 0,3 or 0-4 (default: 0)"
     )
     p.add_argument(
-        "--share", type=float, default=0.33, help="of the training utterances, held out for development (default: 0.33)"
+        "--share",
+        type=fraction,
+        default=0.33,
+        help="of the training utterances, held out for development (default: 0.33)",
     )
     p.add_argument("--seeds", type=numbers, default=[0], help="seeds of weights, order and dropout (default: 0)")
     p.add_argument("--backend", default="cpu", choices=("cpu", "cuda"), help="what computes (default: cpu)")
@@ -68,7 +82,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "=" not in given:
             raise UserError(f"--set {given}: FIELD=VALUE is wanted")
     recipe = changed(RECIPES[options.recipe][options.arch], dict(part.split("=", 1) for part in options.set))
+    recipe = replace(recipe, average_last=1)  # the mean weights have columns of their own
     if not options.summary:
+        if options.data is None:
+            raise UserError("--data: which corpus? demo, emodb or a folder")
+        if max(options.fold) >= options.folds:
+            raise UserError(f"--fold {max(options.fold)}: there are folds 0 to {options.folds - 1}")
+        if not options.table.parent.is_dir():
+            raise UserError(f"--table {options.table}: there is no folder {options.table.parent}")
         set_threads(options.threads, options.backend)
         with computing(options.backend):
             _trials(options, recipe)
@@ -94,7 +115,8 @@ def _trials(options: argparse.Namespace, recipe: Recipe) -> None:
         (fold, seed)
         for seed in options.seeds
         for fold in options.fold
-        if (options.arch, corpus.name, f"0.{fold}", f"{options.share:g}", str(seed), settings) not in had
+        if (options.arch, corpus.name, str(options.folds), f"0.{fold}", f"{options.share:g}", str(seed), settings)
+        not in had
     ]
     if not waiting:
         return
@@ -121,8 +143,14 @@ def _trials(options: argparse.Namespace, recipe: Recipe) -> None:
         except RunFailed as error:
             progress.say(str(error))
             continue
-        about = {"arch": options.arch, "corpus": corpus.name, "fold": f"0.{fold}", "held_out": f"{options.share:g}"}
-        about |= {"seed": seed, "settings": settings, "commit": commit, "note": options.note}
+        about = {"arch": options.arch, "corpus": corpus.name, "folds": options.folds, "fold": f"0.{fold}"}
+        about |= {
+            "held_out": f"{options.share:g}",
+            "seed": seed,
+            "settings": settings,
+            "commit": commit,
+            "note": options.note,
+        }
         append(options.table, [about | line for line in lines])
 
 
@@ -193,9 +221,9 @@ def summary(lines: Iterable[Line]) -> Table:
     """One row for each configuration: means over its trials (folds and seeds) and their spread."""
     import numpy as np
 
-    trials: dict[str, dict[tuple[str, str], list[Line]]] = {}
+    trials: dict[tuple[str, ...], dict[tuple[str, str], list[Line]]] = {}
     for line in lines:
-        made = trials.setdefault(f"{line['settings']} held_out={line['held_out']}", {})
+        made = trials.setdefault(tuple(line[name] for name in ("corpus", "settings", "held_out", "folds")), {})
         made.setdefault((line["fold"], line["seed"]), []).append(line)
     rows = []
     for settings, made in trials.items():
@@ -206,9 +234,21 @@ def summary(lines: Iterable[Line]) -> Table:
         spread = late[:, 1].std(ddof=1) if len(made) > 1 else np.nan
         figures = (*late.mean(axis=0), spread, *final.mean(axis=0))
         shown = ("-" if np.isnan(x) else f"{100 * x:.1f}" for x in figures)
-        rows.append((settings, str(len(made)), *shown))
-    header = ("settings", "trials", "late UAR", "late F1", "+-", "last F1", "mean weights F1", "votes F1")
-    return Table("Development scores", header, tuple(rows))
+        rows.append((*settings, str(len(made)), *shown))
+    header = (
+        "corpus",
+        "settings",
+        "held out",
+        "folds",
+        "trials",
+        "late UAR",
+        "late F1",
+        "+-",
+        "last F1",
+        "mean weights F1",
+        "votes F1",
+    )
+    return Table("Development scores", header, tuple(rows), left=2)
 
 
 def _number(text: str | None) -> float:

@@ -13,10 +13,10 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from bench import protocol
-from npser.cli import Parser, computing, machine, run, set_threads, versions
+from npser.cli import Parser, computing, machine, run, set_threads
 from npser.document import Table, text_table
 from npser.foldresult import FoldResult, fold_result
-from npser.recipes import NAMES, Recipe, as_settings, recipe_for
+from npser.recipes import NAMES, Recipe, recipe_for
 from npser.runfolder import MAY_CHANGE, RunFolder
 
 if TYPE_CHECKING:
@@ -152,6 +152,11 @@ def train_and_look(
     }
 
 
+def without_augmentation(recipe: Recipe) -> Recipe:
+    """The recipe as the practices are compared by: windows that are utterances of their own cannot move."""
+    return replace(recipe, speeds=(), moving=False)
+
+
 def _waiting(folds: "Sequence[Fold]", folders: Sequence[RunFolder]) -> "Iterator[Fold]":
     """The folds that one of these experiments does not have yet."""
     finished = set.intersection(*(set(folder.finished()) for folder in folders))
@@ -165,11 +170,11 @@ def experiments(options: argparse.Namespace, threads: int) -> list[RunFolder]:
     from npser.frontend import read_frames
     from npser.models import input_frames
     from npser.progress import Progress
+    from npser.runconfig import run_config
 
     corpus = open_corpus(options.data)
     given = {name: getattr(options, name) for name in ("epochs", "segment_hop") if getattr(options, name)}
-    recipe: Recipe = recipe_for(options.recipe, options.arch, corpus.name == "demo", given)
-    recipe = replace(recipe, speeds=())  # augmentation hears nothing new: the practices are compared without it
+    recipe = without_augmentation(recipe_for(options.recipe, options.arch, corpus.name == "demo", given))
     settings = Settings(options.arch, options.backend, options.seed, "sum", recipe)
     frames = read_frames(corpus, "cpu", threads)
     length = input_frames(options.arch)
@@ -178,12 +183,9 @@ def experiments(options: argparse.Namespace, threads: int) -> list[RunFolder]:
         "oversampled-first": repeated(corpus, frames, options.seed),
         "windows-split": cut(corpus, frames, length, recipe.segment_hop),
     }
-    about = {"backend": options.backend, "threads": threads, "machine": machine(), "versions": versions()}
-    config = {
-        "arch": options.arch, "corpus": corpus.name, "labels": list(corpus.labels), "cv": "stratified",
-        "folds": options.folds, "repeats": options.repeats, "recipe": options.recipe, **as_settings(recipe),
-        "vote": "sum", "seed": options.seed, **{name: about[name] for name in ("backend", "threads", "versions")},
-    }  # fmt: skip
+    shape = options.folds, options.repeats
+    config = run_config(corpus, settings, options.recipe, "stratified", *shape, "float32", threads)
+    about = {name: config[name] for name in ("backend", "threads", "versions")} | {"machine": machine()}
     folders = {
         name: RunFolder.open_or_create(options.out / name, {**config, "experiment": name}, MAY_CHANGE)
         for name in EXPERIMENTS
@@ -212,17 +214,25 @@ def experiments(options: argparse.Namespace, threads: int) -> list[RunFolder]:
 
 
 def table(runs: "Sequence[Run]") -> Table:
-    """What each practice does to F1, beside the honest protocol."""
+    """What each practice does to F1, beside the honest protocol; runs: one of each experiment, of the same settings.
+
+    The change is over the folds (by their numbers) that the experiment and the honest run both have.
+    """
+    import numpy as np
+
     from npser.comparison import summary_of
+    from npser.metrics import average_f1
     from npser.report import percent
 
-    summaries = {run[1]["experiment"]: summary_of(run) for run in runs if run[2]}
-    honest = summaries.get("honest")
+    made = {run[1]["experiment"]: run for run in runs if run[2]}
+    f1 = {n: {(r.repeat, r.fold): average_f1(r.matrix("sum")) for r in folds} for n, (_, _, folds) in made.items()}
+    honest = f1.get("honest", {})
     rows = []
     for name in EXPERIMENTS:
-        if name in summaries:
-            s = summaries[name]
-            change = f"{100 * (s.average_f1.mean - honest.average_f1.mean):+.2f}" if honest else "-"
+        if name in made:
+            s = summary_of(made[name])
+            changes = [value - honest[fold] for fold, value in f1[name].items() if fold in honest]
+            change = f"{100 * np.mean(changes):+.2f}" if changes else "-"
             figures = (s.average_f1.mean, s.average_f1.over_folds, s.uar.mean, s.accuracy.mean)
             rows.append((name, str(s.folds), percent(figures[0]), change, *map(percent, figures[1:])))
     header = ("experiment", "folds", "average F1", "change", "+- folds", "UAR", "accuracy")

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench import protocol
-from npser.cli import Parser, computing, machine, run, set_threads, versions
+from npser.cli import Parser, computing, machine, run, set_threads
 from npser.document import Table, text_table
 from npser.errors import UserError
 from npser.foldresult import FoldResult
 from npser.packed import open_run
-from npser.recipes import Recipe, as_settings, changed, describe, recipe_for
+from npser.recipes import Recipe, changed, describe, recipe_for
 from npser.runfolder import MAY_CHANGE, RunFolder
 
 if TYPE_CHECKING:
@@ -43,7 +43,10 @@ def candidates(recipe: Recipe, changes: Sequence[str]) -> list[Recipe]:
 def development_score(
     corpus: "Corpus", spoken: "Versions", fold: "Fold", settings: "Settings", progress: "Progress"
 ) -> float:
-    """Mean F1 after the last epochs on a third of the fold's training utterances, trained on the others."""
+    """Mean F1 after the last epochs on a third of the fold's training utterances, trained on the others.
+
+    Of a recipe that averages its weights, the F1 of these alone.
+    """
     import numpy as np
 
     from npser.crossval import prepare
@@ -57,9 +60,10 @@ def development_score(
     model, task = prepare(spoken, corpus.targets, train, classes, settings, words)
     assert model.scale is not None
     windows = WindowSet([spoken[0][i] for i in held_out], model.scale, model.input_frames, settings.recipe.segment_hop)
+    late = 1 if settings.recipe.average_last > 1 else LATE
     scores = []
     for epoch in train_epochs(model, task.optimiser(), task, progress):
-        if epoch.epoch > task.epochs - LATE:
+        if epoch.epoch > task.epochs - late:
             decisions = evaluate(model, windows).probabilities.argmax(axis=1)
             scores.append(average_f1(confusion_matrix(corpus.targets[held_out], decisions, classes)))
     return float(np.mean(scores))
@@ -73,24 +77,22 @@ def select(options: argparse.Namespace, threads: int) -> RunFolder:
     from npser.frontend import read_versions
     from npser.models import input_frames
     from npser.progress import Progress
+    from npser.runconfig import run_config
 
     corpus = open_corpus(options.data)
     given = {name: getattr(options, name) for name in ("epochs", "segment_hop") if getattr(options, name)}
     recipe = recipe_for("paper", options.arch, corpus.name == "demo", given)
     chosen_among = candidates(recipe, options.candidate or CANDIDATES)
-    about = {"backend": options.backend, "threads": threads, "machine": machine(), "versions": versions()}
-    config = {
-        "experiment": "nested", "arch": options.arch, "corpus": corpus.name, "labels": list(corpus.labels),
-        "cv": "stratified", "folds": options.folds, "repeats": options.repeats, "recipe": "paper",
-        "candidates": [describe(candidate) for candidate in chosen_among], **as_settings(recipe), "vote": "sum",
-        "seed": options.seed, **{name: about[name] for name in ("backend", "threads", "versions")},
-    }  # fmt: skip
+    settings = [Settings(options.arch, options.backend, options.seed, "sum", candidate) for candidate in chosen_among]
+    shape = options.folds, options.repeats
+    config = run_config(corpus, settings[0], "paper", "stratified", *shape, "float32", threads)
+    about = {name: config[name] for name in ("backend", "threads", "versions")} | {"machine": machine()}
+    config |= {"experiment": "nested", "candidates": [describe(candidate) for candidate in chosen_among]}
     folder = RunFolder.open_or_create(options.out, config, MAY_CHANGE)
     folds = make_folds(corpus, "stratified", options.folds, options.repeats, options.seed)
     wanted = [fold for fold in folds if options.only in (None, (fold.repeat, fold.number))]
     finished = set(folder.finished())
     waiting = [fold for fold in wanted if (fold.repeat, fold.number) not in finished]
-    settings = [Settings(options.arch, options.backend, options.seed, "sum", candidate) for candidate in chosen_among]
     spoken = {speeds: read_versions(corpus, "cpu", threads, speeds) for speeds in {s.recipe.speeds for s in settings}}
     frames = spoken[recipe.speeds][0]
     length = input_frames(options.arch)
@@ -142,12 +144,17 @@ def table(config: Mapping[str, Any], results: Sequence[FoldResult], frozen: Sequ
     return Table(title, (*header, "nested F1", "frozen F1"), tuple(rows))
 
 
+def differing(config: Mapping[str, Any], frozen: Mapping[str, Any]) -> list[str]:
+    """In what a run is not that of the settings which are frozen, on the same folds."""
+    own = {*MAY_CHANGE, "experiment", "candidates", "repeats"}
+    return [key for key in {**config, **frozen} if key not in own and config.get(key) != frozen.get(key)]
+
+
 def frozen_folds(run: Path, config: Mapping[str, Any]) -> list[FoldResult]:
     """The folds of the frozen settings' run. UserError where they are not the same folds of the same network."""
     folder = open_run(run)
-    differing = [key for key in ("arch", "corpus", "cv", "folds", "seed", "vote") if folder.config[key] != config[key]]
-    if differing:
-        raise UserError(f"--frozen {run}: another experiment, its {', '.join(differing)} are not those of this one")
+    if others := differing(config, folder.config):
+        raise UserError(f"--frozen {run}: another experiment, its {', '.join(others)} are not those of this one")
     return folder.load_folds()
 
 

@@ -87,7 +87,9 @@ def cross_corpus(train: Corpus, test: Corpus) -> Corpus:
         )
     trained_on = {os.path.realpath(u.path) for u in train.utterances}
     if both := [u.path for u in test.utterances if os.path.realpath(u.path) in trained_on]:
-        raise UserError(f"--test-data: has {len(both)} of the recordings of --data, {both[0]} for one: tests need others")
+        raise UserError(
+            f"--test-data: has {len(both)} of the recordings of --data, {both[0]} for one: tests need others"
+        )
     utterances: list[Utterance] = []
     skipped: list[str] = []
     unshared: list[str] = []  # last, so that they hide no other reason

@@ -139,12 +139,13 @@ def train_and_test(
         votes = evaluate(model, test)
     except RunFailed as error:
         raise RunFailed(f"fold {fold.name}: {error}") from error
-    return tested_fold(corpus, fold, settings, epochs, votes, {**about, "seconds": seconds_since(started)})
+    earlier = sum(epoch.seconds for epoch in checkpoint.resumed) if checkpoint else 0.0
+    return tested_fold(corpus, fold, settings, epochs, votes, {**about, "seconds": seconds_since(started, earlier)})
 
 
-def seconds_since(started: float) -> float:
-    """A fold's duration as its file has it."""
-    return round(time.monotonic() - started, 3)
+def seconds_since(started: float, earlier: float = 0.0) -> float:
+    """A fold's duration as its file has it: since then, and the epochs that were done before an interruption."""
+    return round(earlier + time.monotonic() - started, 3)
 
 
 def tested_fold(

@@ -6,17 +6,22 @@ showed to be worth having. Every trial is a line of bench/results/development.cs
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from math import inf
 from typing import Any
 
 from npser.errors import UserError
 
 NAMES = ("paper", "best")
 OPTIONS = ("epochs", "segment_hop", "batch_size")  # fields that have a place of their own in config.json
+_COUNTS = (*OPTIONS, "average_last", "share_windows")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one network is trained. The defaults are the plainest choice: nothing beyond the paper's words."""
+    """How one network is trained. The defaults are the plainest choice: nothing beyond the paper's words.
+
+    UserError, naming the field, for a value that no training can use.
+    """
 
     epochs: int = 1
     segment_hop: int = 16  # frames (8 ms) from one window of an utterance to the next
@@ -28,6 +33,18 @@ class Recipe:
     share_windows: int = 1  # tdcnn: so many neighbours stand together in a batch, common windows computed once
     speeds: tuple[float, ...] = ()  # beside 1: in each epoch, every utterance is heard at one of these speeds
     moving: bool = False  # windows begin anywhere within their share of the utterance, anew in every epoch
+
+    def __post_init__(self) -> None:
+        allowed = {
+            **{name: (getattr(self, name) >= 1, "1 or more is wanted") for name in _COUNTS},
+            "standardisation": (self.standardisation in ("bin", "global"), "bin or global is wanted"),
+            "clip_norm": (self.clip_norm is None or 0 < self.clip_norm < inf, "None or a length above 0 is wanted"),
+            "final_rate": (0 < self.final_rate <= 1, "a share above 0, at most 1, is wanted"),
+            "speeds": (all(0.25 <= speed <= 4 for speed in self.speeds), "speeds from 0.25 to 4 are wanted"),
+        }
+        for name, (good, wanted) in allowed.items():
+            if not good:
+                raise UserError(f"the recipe's {name} is {getattr(self, name)}: {wanted}")
 
     @property
     def augmented(self) -> bool:

@@ -5,7 +5,6 @@ threads is known, so that `--help` answers at once.
 """
 
 import argparse
-import hashlib
 import os
 import re
 import sys
@@ -13,14 +12,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npser.cli import computing, count, machine, run, set_threads, versions
+from npser.cli import computing, count, machine, run, set_threads
 from npser.errors import RunFailed, UserError, printable
 from npser.options import read
 from npser.recipes import as_settings, from_settings, recipe_for
 
 if TYPE_CHECKING:
     from npser.corpus import Corpus
-    from npser.crossval import Fold, Frames, Settings
+    from npser.crossval import Fold, Frames
     from npser.models import Model
     from npser.progress import Progress
     from npser.runfolder import RunFolder
@@ -50,14 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _config(options: argparse.Namespace, corpus: "Corpus", threads: int, demo: bool) -> dict[str, Any]:
-    """Everything needed to repeat the run, as config.json holds it."""
-    from npser import features
-    from npser.optim import SGD
+    """config.json of the run that the options ask for."""
+    from npser.crossval import Settings
+    from npser.runconfig import run_config
 
-    arch = options.arch
-    sgd = SGD()
     given = {name: getattr(options, name) for name in ("epochs", "batch_size", "segment_hop", "share_windows")}
-    recipe = recipe_for(options.recipe, arch, demo, {name: value for name, value in given.items() if value is not None})
+    given = {name: value for name, value in given.items() if value is not None}
+    recipe = recipe_for(options.recipe, options.arch, demo, given)
     folds = len(corpus.speakers) if options.cv == "speaker" else options.folds or (DEMO_FOLDS if demo else 10)
     if options.cv == "speaker" and options.folds not in (None, folds):
         raise UserError(f"--folds {options.folds}: --cv speaker makes one fold for each of the {folds} speakers")
@@ -65,40 +63,9 @@ def _config(options: argparse.Namespace, corpus: "Corpus", threads: int, demo: b
         folds = 1
         if options.folds not in (None, 1):
             raise UserError(f"--folds {options.folds}: a given split of training and test makes one fold")
-    return {
-        "arch": arch,
-        "corpus": corpus.name,
-        "utterances": len(corpus.utterances),
-        "utterances_sha256": listing_sha256(corpus),
-        "labels": list(corpus.labels),
-        "cv": options.cv,
-        "folds": folds,
-        "repeats": options.repeats or (DEMO_REPEATS if demo else 5),
-        "recipe": options.recipe,
-        **as_settings(recipe),
-        "vote": options.vote,
-        "seed": options.seed,
-        "optimiser": {"lr": sgd.lr, "momentum": sgd.momentum, "decay": sgd.decay},
-        "features": {"frame": features.FRAME, "hop": features.HOP, "bins": features.BINS, "floor": features.FLOOR},
-        "backend": options.backend,
-        "precision": options.precision,
-        "threads": threads,
-        "versions": versions(),
-    }
-
-
-def listing_sha256(corpus: "Corpus") -> str:
-    """Of which utterances a run is made."""
-    listing = "\n".join(f"{u.name}\t{u.speaker}\t{u.emotion}" for u in corpus.utterances)
-    return hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def settings_of(config: Mapping[str, Any]) -> "Settings":
-    """The part of a configuration that decides the numbers."""
-    from npser.crossval import Settings
-
-    named = {name: config[name] for name in ("arch", "backend", "seed", "vote")}
-    return Settings(**named, recipe=from_settings(config))
+    repeats = options.repeats or (DEMO_REPEATS if demo else 5)
+    settings = Settings(options.arch, options.backend, options.seed, options.vote, recipe)
+    return run_config(corpus, settings, options.recipe, options.cv, folds, repeats, options.precision, threads)
 
 
 def _introduce(config: dict[str, Any], corpus: "Corpus", frames: "Frames", plan: str) -> None:
@@ -164,6 +131,7 @@ def _cross_validate(options: argparse.Namespace, corpus: "Corpus", config: dict[
     from npser.models import input_frames
     from npser.progress import Progress
     from npser.report import render_text
+    from npser.runconfig import settings_of
 
     folds = make_folds(corpus, config["cv"], config["folds"], config["repeats"], config["seed"])
     chosen = [fold for fold in folds if options.only in (None, (fold.repeat, fold.number))]
@@ -268,6 +236,7 @@ def _fit_everything(options: argparse.Namespace, corpus: "Corpus", config: dict[
     from npser.modelfile import score_of
     from npser.models import input_frames
     from npser.progress import Progress
+    from npser.runconfig import settings_of
     from npser.trainer import Checkpoint, fit
 
     score = _measured_score(options.score_from, config) if options.score_from else None

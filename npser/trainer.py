@@ -194,11 +194,12 @@ class Checkpoint:
     """The state after an epoch: parameters, velocities, number of updates, results so far; whole or not at all.
 
     `identity` says of what training this is the state; a checkpoint of anything else, or a damaged one, is ignored, and
-    training starts at the beginning.
+    training starts at the beginning. `resumed` holds the epochs that were not trained by this program.
     """
 
     def __init__(self, path: Path, identity: str, progress: Progress) -> None:
         self.path, self.identity, self.progress = path, identity, progress
+        self.resumed: Sequence[EpochResult] = ()
 
     def save(self, model: Model, sgd: SGD, done: Sequence[EpochResult], mean: MeanWeights | None = None) -> float:
         """Write the state; returns the seconds that it took. RunFailed when the disk is full."""
@@ -246,6 +247,7 @@ class Checkpoint:
         sgd.velocities = {name: model.arrays.asarray(value) for name, value in velocities.items()}
         sgd.updates = updates
         mean.params, mean.count = means, count
+        self.resumed = tuple(done)
         return done
 
 

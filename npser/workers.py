@@ -63,7 +63,8 @@ def compute(job: Job) -> "FoldResult":
 
     from npser.crossval import make_folds, train_and_test
     from npser.progress import Progress
-    from npser.train import listing_sha256, machine_of, settings_of
+    from npser.runconfig import listing_sha256, settings_of
+    from npser.train import machine_of
 
     with computing(config["backend"], config["precision"]):
         corpus, spoken = _corpus(

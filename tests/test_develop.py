@@ -89,11 +89,36 @@ def test_test_utterances_are_never_read(tones, table, monkeypatch):
     assert numbers[0] == numbers[1]
 
 
-@pytest.mark.parametrize("wrong", [("--set", "epochs"), ("--set", "epoch=3"), ("--set", "epochs=x")])
-def test_a_wrong_setting_is_refused(tones, table, wrong):
-    with pytest.raises(UserError, match="--set"):
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *(("--set", "epochs"), ("--set", "epoch=3"), ("--set", "epochs=x"), ("--fold", "0,2")),
+        *(("--share", "1"), ("--share", "a"), ("--table", "absent/trials.csv")),
+    ],
+)
+def test_a_wrong_option_is_refused(tones, table, wrong, capsys):
+    with pytest.raises((UserError, SystemExit)) as refused:
         run(tones, table, *wrong)
+    assert wrong[0] in f"{refused.value}{capsys.readouterr().err}"
     assert not table.exists()
+
+
+def test_trials_of_another_corpus_or_of_other_folds_are_others(tones, table, capsys):
+    run(tones, table)
+    lines = develop.read(table)
+    develop.append(table, [line | {"corpus": "elsewhere", "f1": "0.99"} for line in lines])
+    develop.append(table, [line | {"folds": "9", "f1": "0.98"} for line in lines])
+    capsys.readouterr()
+    run(tones, table, "--summary")
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert len(rows) == 3
+    assert sum("99.0" in row for row in rows) == 1
+
+
+def test_the_mean_weights_are_told_by_their_own_columns(tones, table):
+    run(tones, table)
+    run(tones, table, "--set", "average_last=2")  # the same trial: nothing is left to compute
+    assert len(develop.read(table)) == 2
 
 
 def test_the_shipped_table_is_whole():

@@ -80,6 +80,19 @@ def test_the_honest_experiment_is_what_the_ordinary_command_does(finished, tones
             np.testing.assert_allclose(u.probabilities, np.mean(own, axis=0), rtol=1e-5)
 
 
+def test_a_change_is_told_over_common_folds(finished):
+    """An interrupted run has a fold more of one experiment than of another."""
+    runs = [(f.path, f.config, f.load_folds()) for f in (RunFolder.open(finished / n) for n in leakage.EXPERIMENTS)]
+    for fold in (0, 1):
+        cut = [(p, c, r if c["experiment"] == "honest" else [r[fold]]) for p, c, r in runs]
+        shown = {row[0]: row for row in leakage.table(cut).rows}
+        honest, best = (
+            average_f1(RunFolder.open(finished / n).load_fold(0, fold).matrix("sum")) for n in ("honest", "best-epoch")
+        )
+        assert shown["best-epoch"][3] == f"{100 * (best - honest):+.2f}"
+        assert shown["honest"][3] == "+0.00"
+
+
 def test_the_same_command_again_computes_only_what_is_missing(finished, tones, monkeypatch, capsys):
     lost = finished / "oversampled-first" / "folds" / "r0f1.json"
     before = json.loads(lost.read_text())

@@ -50,7 +50,20 @@ def test_the_paper_recipe_adds_nothing_to_the_paper_but_clipping():
         assert all(getattr(recipe, f.name) == getattr(plain, f.name) for f in fields(Recipe) if f.name not in free)
 
 
-@pytest.mark.parametrize(("name", "text"), [("epoch", "3"), ("epochs", "three"), ("moving", "yes"), ("speeds", "1;2")])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *(("epoch", "3"), ("epochs", "three"), ("moving", "yes"), ("speeds", "1;2")),
+        *(("epochs", "0"), ("segment_hop", "0"), ("batch_size", "-3"), ("share_windows", "0"), ("average_last", "0")),
+        *(
+            ("standardisation", "Global"),
+            ("clip_norm", "0"),
+            ("clip_norm", "nan"),
+            ("final_rate", "1.1"),
+            ("speeds", "0"),
+        ),
+    ],
+)
 def test_an_unknown_field_or_value_is_refused(name, text):
     with pytest.raises(UserError, match=name):
         changed(Recipe(), {name: text})

@@ -1,0 +1,53 @@
+"""config.json: everything needed to repeat a run, and what tells one run from another."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from npser import features
+from npser.cli import versions
+from npser.crossval import Settings
+from npser.optim import SGD
+from npser.recipes import as_settings, from_settings
+
+if TYPE_CHECKING:
+    from npser.corpus import Corpus
+
+
+def run_config(
+    corpus: "Corpus", settings: Settings, recipe: str, cv: str, folds: int, repeats: int, precision: str, threads: int
+) -> dict[str, Any]:
+    """The configuration of a cross-validation; recipe: the name of the recipe that the settings began with."""
+    sgd = SGD()
+    return {
+        "arch": settings.arch,
+        "corpus": corpus.name,
+        "utterances": len(corpus.utterances),
+        "utterances_sha256": listing_sha256(corpus),
+        "labels": list(corpus.labels),
+        "cv": cv,
+        "folds": folds,
+        "repeats": repeats,
+        "recipe": recipe,
+        **as_settings(settings.recipe),
+        "vote": settings.vote,
+        "seed": settings.seed,
+        "optimiser": {"lr": sgd.lr, "momentum": sgd.momentum, "decay": sgd.decay},
+        "features": {"frame": features.FRAME, "hop": features.HOP, "bins": features.BINS, "floor": features.FLOOR},
+        "backend": settings.backend,
+        "precision": precision,
+        "threads": threads,
+        "versions": versions(),
+    }
+
+
+def listing_sha256(corpus: "Corpus") -> str:
+    """Of which utterances a run is made, and on which side of a given split each is."""
+    lines = ("\t".join([u.name, u.speaker, u.emotion, *([u.split] if u.split else [])]) for u in corpus.utterances)
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def settings_of(config: Mapping[str, Any]) -> Settings:
+    """The part of a configuration that decides the numbers."""
+    named = {name: config[name] for name in ("arch", "backend", "seed", "vote")}
+    return Settings(**named, recipe=from_settings(config))
