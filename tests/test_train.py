@@ -320,10 +320,12 @@ def test_train_on_one_corpus_and_test_on_another(tones, tmp_path):
 
 
 def test_a_split_needs_one_that_is_given(tones, tmp_path):
+    other = shutil.copytree(tones, tmp_path / "other")
     for options, said in [
         (("--cv", "split"), "a .csv file with a column split"),
-        (("--test-data", tones, "--cv", "speaker"), "--cv speaker cannot be"),
-        (("--test-data", tones, "--folds", "3"), "makes one fold"),
+        (("--test-data", other, "--cv", "speaker"), "--cv speaker cannot be"),
+        (("--test-data", other, "--folds", "3"), "makes one fold"),
+        (("--test-data", tones), "has 14 of the recordings of --data"),
         (("--test-data", "demo"), "built-in corpus"),
     ]:
         with pytest.raises(UserError, match=said):
