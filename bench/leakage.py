@@ -220,9 +220,8 @@ def table(runs: "Sequence[Run]") -> Table:
     """
     import numpy as np
 
-    from npser.comparison import summary_of
     from npser.metrics import average_f1
-    from npser.report import percent
+    from npser.report import percent, summary_of
 
     made = {run[1]["experiment"]: run for run in runs if run[2]}
     f1 = {n: {(r.repeat, r.fold): average_f1(r.matrix("sum")) for r in folds} for n, (_, _, folds) in made.items()}
@@ -230,7 +229,7 @@ def table(runs: "Sequence[Run]") -> Table:
     rows = []
     for name in EXPERIMENTS:
         if name in made:
-            s = summary_of(made[name])
+            s = summary_of(*made[name][1:])
             changes = [value - honest[fold] for fold, value in f1[name].items() if fold in honest]
             change = f"{100 * np.mean(changes):+.2f}" if changes else "-"
             figures = (s.average_f1.mean, s.average_f1.over_folds, s.uar.mean, s.accuracy.mean)

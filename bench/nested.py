@@ -88,6 +88,7 @@ def select(options: argparse.Namespace, threads: int) -> RunFolder:
     config = run_config(corpus, settings[0], "paper", "stratified", *shape, "float32", threads)
     about = {name: config[name] for name in ("backend", "threads", "versions")} | {"machine": machine()}
     config |= {"experiment": "nested", "candidates": [describe(candidate) for candidate in chosen_among]}
+    config |= {"changes": options.candidate} if options.candidate else {}
     folder = RunFolder.open_or_create(options.out, config, MAY_CHANGE)
     folds = make_folds(corpus, "stratified", options.folds, options.repeats, options.seed)
     wanted = [fold for fold in folds if options.only in (None, (fold.repeat, fold.number))]
@@ -146,7 +147,7 @@ def table(config: Mapping[str, Any], results: Sequence[FoldResult], frozen: Sequ
 
 def differing(config: Mapping[str, Any], frozen: Mapping[str, Any]) -> list[str]:
     """In what a run is not that of the settings which are frozen, on the same folds."""
-    own = {*MAY_CHANGE, "experiment", "candidates", "repeats"}
+    own = {*MAY_CHANGE, "experiment", "candidates", "changes", "repeats"}
     return [key for key in {**config, **frozen} if key not in own and config.get(key) != frozen.get(key)]
 
 

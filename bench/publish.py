@@ -10,27 +10,33 @@ files alone.
 """
 
 import argparse
+import json
 import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from npser.cli import Parser, run
+from npser.cli import Parser, count, run
 from npser.document import Table, markdown_table
 from npser.errors import UserError
 from npser.files import write_atomically
 from npser.foldresult import FoldResult
 from npser.packed import SUFFIX, Run, open_run, pack, unpack
-from npser.recipes import OPTIONS, recipe_for
-from npser.report import PAPER_AVERAGE_F1, merged, percent, report
-from npser.runfolder import RunFolder
+from npser.recipes import OPTIONS, Recipe, as_settings, recipe_for
+from npser.report import class_table, merged, paper_figure, percent, report, summary_of
+from npser.runfolder import MAY_CHANGE, RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 README, RUNS, PICTURES = ROOT / "README.md", ROOT / "bench/results/runs", ROOT / "bench/results/pictures"
 BEGIN = "<!-- results: written by python -m bench.publish -->"
 END = "<!-- end of results -->"
 DRAWN = ("confusion", "curves")
+_WITHOUT_OPTION = {f.name for f in fields(Recipe)} - {
+    *OPTIONS,
+    "share_windows",
+}  # what only another recipe could change
 ARCHITECTURES = ("cnn", "lstm", "tdcnn")
 
 Published = dict[str, tuple[Mapping[str, Any], list[FoldResult]]]  # name -> configuration, folds
@@ -39,11 +45,30 @@ Published = dict[str, tuple[Mapping[str, Any], list[FoldResult]]]  # name -> con
 # --- files -------------------------------------------------------------------------------------------------------
 
 
-def changed_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of npser.train in which a run differs from its recipe as it is now."""
+def unusual(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a command, beside its recipe's, in which a run differs from their defaults."""
+    demo = config["corpus"] == "demo"
+    folds, repeats = (10, 1) if config.get("experiment") else (2, 1) if demo else (10, 5)
+    usual = {"folds": folds, "repeats": repeats, "seed": 0, "backend": "cpu", "precision": "float32"}
+    if config["cv"] == "speaker":
+        usual["folds"] = config["folds"]
+    return {name: config[name] for name, value in usual.items() if config.get(name, value) != value}
+
+
+def off_recipe(config: Mapping[str, Any]) -> dict[str, Any]:
+    """In what a run's training differs from its recipe as that is now."""
+    from bench.leakage import EXPERIMENTS, without_augmentation
+
     recipe = recipe_for(config["recipe"], config["arch"], config["corpus"] == "demo", {})
-    given = {**config["training"], **config}
-    return {name: given[name] for name in (*OPTIONS, "share_windows") if given[name] != getattr(recipe, name)}
+    if config.get("experiment") in EXPERIMENTS:
+        recipe = without_augmentation(recipe)
+    now, then = ({**settings, **settings["training"]} for settings in (as_settings(recipe), config))
+    del now["training"]
+    return {name: then[name] for name, value in now.items() if then[name] != value}
+
+
+def _spelt(value: Any) -> str:
+    return ("+".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
 
 
 def name_of(config: Mapping[str, Any]) -> str:
@@ -51,7 +76,9 @@ def name_of(config: Mapping[str, Any]) -> str:
     parts = [config.get("experiment"), config["arch"], config["corpus"]]
     parts += [config["cv"] if config["cv"] != "stratified" else None]
     parts += [config["recipe"] if config["recipe"] != "paper" else None]
-    parts += [f"{name.replace('_', '-')}{value}" for name, value in changed_options(config).items()]
+    others = {name: value for name, value in unusual(config).items() if name != "seed"}
+    for name, value in (off_recipe(config) | others).items():
+        parts.append(value if name in ("backend", "precision") else f"{name.replace('_', '-')}{_spelt(value)}")
     parts += [f"s{config['seed']}"]
     return "-".join(part for part in parts if part)
 
@@ -60,9 +87,11 @@ def publish(paths: Sequence[Path], runs: Path = RUNS, pictures: Path = PICTURES)
     """Pack the runs and draw their pictures; returns the files written."""
     given: list[Run] = [open_run(path) for path in paths]
     for folder in given:
-        missing = [key for key in ("arch", "corpus", "cv", "recipe", "seed") if key not in folder.config]
+        missing = [key for key in ("arch", "corpus", "cv", "recipe", "seed", "training") if key not in folder.config]
         if missing:
             raise UserError(f"{folder.path}: its config.json does not say {', '.join(missing)}: run it anew")
+        if folder.config["cv"] == "split":
+            raise UserError(f"{folder.path}: the tables are made of folds: what --cv split made cannot be published")
     names = list(dict.fromkeys(name_of(folder.config) for folder in given))
     written = []
     for name in names:
@@ -71,7 +100,8 @@ def publish(paths: Sequence[Path], runs: Path = RUNS, pictures: Path = PICTURES)
         together = merged([*own, *([unpack(target)] if target.exists() else [])])
         if len(together) > 1:
             raise UserError(
-                f"{target.name}: its settings are not those of {own[0].path}: delete the file to replace it"
+                f"{target.name}: its settings or its decisions are not those of {own[0].path}: "
+                "delete the file to replace it"
             )
         folder, results = together[0]
         if not results:
@@ -98,10 +128,18 @@ def draw(name: str, config: Mapping[str, Any], results: Sequence[FoldResult], pi
 
 
 def shipped(runs: Path = RUNS) -> Published:
-    """All runs that ship, by name."""
+    """All runs that ship, by name. UserError where a file has the name of another run."""
     files = sorted(runs.glob(f"*{SUFFIX}")) if runs.is_dir() else []
-    loaded = [unpack(file) for file in files]
-    return {file.name.removesuffix(SUFFIX): (r.config, r.load_folds()) for file, r in zip(files, loaded, strict=True)}
+    made: Published = {}
+    for file in files:
+        packed = unpack(file)
+        name = file.name.removesuffix(SUFFIX)
+        if name != name_of(packed.config):
+            raise UserError(
+                f"{file}: the run in it is called {name_of(packed.config)}, by its recipe now: rename the file"
+            )
+        made[name] = packed.config, packed.load_folds()
+    return made
 
 
 # --- tables ------------------------------------------------------------------------------------------------------
@@ -124,15 +162,12 @@ def _ordinary(published: Published, cv: str) -> Published:
     return {n: chosen[n] for n in order}
 
 
-def _summary(config: Mapping[str, Any], results: Sequence[FoldResult]) -> Any:
-    from npser.comparison import summary_of
-
-    return summary_of((Path(), config, results))
-
-
 def _what(config: Mapping[str, Any]) -> str:
-    changes = [f"{name.replace('_', ' ')} {value}" for name, value in changed_options(config).items()]
-    return ", ".join([f"{config['arch']}, {config['recipe']} recipe", *changes])
+    """A run in words, on EMO-DB unless another corpus is named."""
+    others = {k: v for k, v in unusual(config).items() if k not in ("folds", "repeats")}
+    changes = [f"{name.replace('_', ' ')} {_spelt(value)}" for name, value in (off_recipe(config) | others).items()]
+    corpus = [config["corpus"]] if config["corpus"] != "emodb" else []
+    return ", ".join([config["arch"], *corpus, f"{config['recipe']} recipe", *changes])
 
 
 def _done(config: Mapping[str, Any], results: Sequence[FoldResult]) -> str:
@@ -144,33 +179,27 @@ def _titled(table: Table) -> str:
 
 
 def _protocol(published: Published) -> list[str]:
-    """The paper's experiment: all runs on one line each, then each run's classes and pictures."""
-    runs = _ordinary(published, "stratified")
-    if not runs:
-        return []
-    rows, parts = [], []
-    for name, (config, results) in runs.items():
-        s = _summary(config, results)
-        paper = PAPER_AVERAGE_F1.get(config["arch"]) if config["corpus"] == "emodb" else None
-        beside = "{:.2f} (+-{:.2f})".format(*paper) if paper else "-"
+    """The paper's experiment, and others of its kind: a line for each run, then each run's classes and pictures."""
+    tables: dict[tuple[str, int, int], list[tuple[str, ...]]] = {}
+    parts = []
+    for name, (config, results) in _ordinary(published, "stratified").items():
+        s = summary_of(config, results)
         figures = (s.average_f1.mean, s.average_f1.over_repeats, s.average_f1.over_folds, s.uar.mean, s.accuracy.mean)
+        paper = paper_figure(config)
+        beside = "{:.2f} (+-{:.2f})".format(*paper) if paper else "-"
+        rows = tables.setdefault((config["corpus"], config["folds"], config["repeats"]), [])
         rows.append((_what(config), _done(config, results), *map(percent, figures), beside))
-        parts += [_titled(_classes(name, config, results)), _pictures(name)]
+        classes = class_table(s)
+        title = f"{_what(config)}: each emotion, in per cent ({name})"
+        parts += [_titled(Table(title, classes.header, classes.rows)), _pictures(name)]
     header = ("network", "folds done", "average F1", "+- repeats", "+- folds", "UAR", "accuracy", "F1 in the paper")
-    title = "The paper's experiment: 10 stratified folds, 5 repeats; means of the folds, in per cent"
-    return [_titled(Table(title, header, tuple(rows))), *parts]
-
-
-def _classes(name: str, config: Mapping[str, Any], results: Sequence[FoldResult]) -> Table:
-    """Precision, recall and F1 of each class: means of the folds, and pooled."""
-    from npser.metrics import mean_over_classes
-
-    s = _summary(config, results)
-    columns = [column for scores in (s.mean, s.pooled) for column in (scores.precision, scores.recall, scores.f1)]
-    rows = [(label, *(percent(column[k]) for column in columns)) for k, label in enumerate(s.labels)]
-    rows.append(("average", *(percent(mean_over_classes(column)) for column in columns)))
-    header = ("emotion", "precision", "recall", "F1", "pooled P", "pooled R", "pooled F1")
-    return Table(f"{_what(config)}: each emotion, in per cent ({name})", header, tuple(rows))
+    shown = []
+    for protocol, rows in tables.items():
+        corpus, folds, repeats = protocol
+        what = "The paper's experiment" if protocol == ("emodb", 10, 5) else corpus
+        title = f"{what}: {count(folds, 'stratified folds')}, {count(repeats, 'repeats')}"
+        shown.append(_titled(Table(f"{title}; means of the folds, in per cent", header, tuple(rows))))
+    return [*shown, *parts]
 
 
 def _pictures(name: str) -> str:
@@ -184,7 +213,7 @@ def _speakers(published: Published) -> list[str]:
 
     rows, pictures = [], []
     for name, (config, results) in _ordinary(published, "speaker").items():
-        s = _summary(config, results)
+        s = summary_of(config, results)
         interval = uar_interval(speaker_matrices(results, config["vote"]))
         between = f"{percent(interval.low)} to {percent(interval.high)}" if interval else "-"
         figures = (s.uar.pooled, s.average_f1.pooled, s.average_f1.mean, s.accuracy.pooled)
@@ -207,54 +236,49 @@ def _order(published: Published) -> list[str]:
 
 
 def _leakage(published: Published) -> list[str]:
-    """A table for each network, then what each experiment does."""
+    """A table for each network and its settings, then what each experiment does."""
     from bench.leakage import EXPERIMENTS, table
 
-    made = {name: r for name, r in published.items() if r[0].get("experiment") in EXPERIMENTS}
+    alike: dict[str, list[tuple[Path, Mapping[str, Any], list[FoldResult]]]] = {}
+    for name, (config, results) in published.items():
+        if config.get("experiment") in EXPERIMENTS:
+            same = {key: value for key, value in config.items() if key not in ("experiment", *MAY_CHANGE)}
+            alike.setdefault(json.dumps(same, sort_keys=True), []).append((Path(name), config, results))
     parts = []
-    for arch in ARCHITECTURES:
-        own = [(Path(name), *r) for name, r in made.items() if r[0]["arch"] == arch]
-        if own:
-            shown = table(own)
-            parts.append(_titled(Table(f"{arch}: {shown.title}", shown.header, shown.rows)))
-    present = {config["experiment"] for config, _ in made.values()}
+    for runs in alike.values():
+        shown = table(runs)
+        title = f"{_what(runs[0][1])}: {shown.title}; change: beside honest, over the folds that both have"
+        parts.append(_titled(Table(title, shown.header, shown.rows)))
+    present = {config["experiment"] for runs in alike.values() for _, config, _ in runs}
     said = "\n".join(f"- {name}: {what}" for name, what in EXPERIMENTS.items() if name in present)
     return [*parts, said] if parts else []
 
 
 def _nested(published: Published) -> list[str]:
-    from bench.nested import table
+    from bench.nested import differing, table
 
     parts = []
     for config, results in published.values():
         if config.get("experiment") == "nested":
-            frozen = [
-                folds for c, folds in _ordinary(published, "stratified").values()
-                if all(c[key] == config[key] for key in ("arch", "corpus", "folds", "seed", "recipe", *OPTIONS))
-            ]  # fmt: skip
-            shown = table(config, results, frozen[0] if frozen else [])
-            parts.append(_titled(Table("Nested selection: F1 in per cent", shown.header, shown.rows)))
+            others = _ordinary(published, "stratified").values()
+            frozen = next((folds for other, folds in others if not differing(config, other)), [])
+            shown = table(config, results, frozen)
+            parts.append(_titled(Table(f"{_what(config)}: nested selection, F1 in per cent", shown.header, shown.rows)))
             parts.append(f"Chosen among {shown.title}.")
     return parts
 
 
 def command_of(config: Mapping[str, Any]) -> str:
     """The command that makes such a run: options where they differ from the defaults."""
-    demo = config["corpus"] == "demo"
     experiment = config.get("experiment")
     module = "npser.train" if experiment is None else "bench.nested" if experiment == "nested" else "bench.leakage"
     words = ["python", "-m", module, "--arch", config["arch"], "--data", config["corpus"]]
-    if experiment is None:
-        folds, repeats = (2, 1) if demo else (10, 5)
-        if config["cv"] != "stratified":
-            words += ["--cv", config["cv"]]
-            folds = config["folds"]
-    else:
-        folds, repeats = 10, 1
-    usual = {"recipe": "paper", "folds": folds, "repeats": repeats, "vote": "sum", "seed": 0}
-    unusual = {name: config[name] for name, value in usual.items() if config[name] != value}
-    for name, value in (unusual | changed_options(config)).items():
-        words += [f"--{name.replace('_', '-')}", str(value)]
+    for name, usual in (("cv", "stratified"), ("recipe", "paper"), ("vote", "sum")):
+        words += [f"--{name}", config[name]] if config[name] != usual else []
+    for name, value in {**unusual(config), **off_recipe(config)}.items():
+        words += [f"--{name.replace('_', '-')}", str(value)] if name not in _WITHOUT_OPTION else []
+    for change in config.get("changes", ()):
+        words += ["--candidate", change]
     return shlex.join(words)
 
 
@@ -265,8 +289,15 @@ def _provenance(published: Published) -> list[str]:
         commits = dict.fromkeys(str((r.run.get("versions") or {}).get("commit")) for r in results)
         machines = dict.fromkeys(str(r.run.get("machine")) for r in results)
         threads = dict.fromkeys(str(r.run.get("threads")) for r in results)
-        hours = sum(r.run.get("seconds", 0.0) for r in results) / 3600
-        made = (command_of(config), ", ".join(commits), str(config["seed"]), ", ".join(machines), ", ".join(threads))
+        hours = sum(max(r.run.get("seconds", 0.0), sum(e.seconds for e in r.epochs)) for r in results) / 3600
+        recipe = "".join(f", with {k}={_spelt(v)}" for k, v in off_recipe(config).items() if k in _WITHOUT_OPTION)
+        made = (
+            command_of(config) + recipe,
+            ", ".join(commits),
+            str(config["seed"]),
+            ", ".join(machines),
+            ", ".join(threads),
+        )
         rows.append((name, *made, f"{hours:.1f}", _done(config, results)))
     header = ("run", "command", "commit", "seed", "machine", "threads", "hours", "folds done")
     return [_titled(Table("Where these figures come from", header, tuple(rows), left=6))] if rows else []
@@ -296,6 +327,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders, finished or not")
     p.add_argument("--unpack", nargs=2, type=Path, metavar=("FILE", "FOLDER"), help="make a run folder of a packed run")
     options = p.parse_args(arguments)
+    if options.unpack and options.runs:
+        raise UserError("--unpack: takes one file and one folder, and publishes nothing: leave away what else is named")
     if options.unpack:
         source, target = options.unpack
         packed = unpack(source)

@@ -10,8 +10,8 @@ from npser.analysis import RESAMPLES, paired, paired_folds, speaker_matrices, ua
 from npser.document import Block, Document, Table
 from npser.errors import UserError
 from npser.foldresult import FoldResult
-from npser.metrics import ProtocolSummary, summarise
-from npser.report import percent
+from npser.metrics import ProtocolSummary
+from npser.report import percent, summary_of, what
 
 Run = tuple[Path, Mapping[str, Any], Sequence[FoldResult]]  # folder, configuration, finished folds
 
@@ -26,19 +26,13 @@ def names_of(runs: Sequence[Run]) -> list[str]:
     return [str(path) for path, _, _ in runs]
 
 
-def summary_of(run: Run) -> ProtocolSummary:
-    _, config, results = run
-    matrices = {(result.repeat, result.fold): result.matrix(config["vote"]) for result in results}
-    return summarise(matrices, config["labels"], config.get("folds"))
-
-
 def compare(runs: Sequence[Run]) -> Document:
     """The runs side by side. UserError for a run without a finished fold."""
     for path, _, results in runs:
         if not results:
             raise UserError(f"{path}: no fold is finished yet: nothing to compare")
     names = names_of(runs)
-    summaries = [summary_of(run) for run in runs]
+    summaries = [summary_of(config, results) for _, config, results in runs]
     blocks: list[Block] = [_figures(runs, names, summaries), _classes(names, summaries), *pairs(runs, names)]
     return Document(f"{len(runs)} runs side by side", tuple(blocks))
 
@@ -48,9 +42,10 @@ def _figures(runs: Sequence[Run], names: Sequence[str], summaries: Sequence[Prot
     for name, (_, config, results), summary in zip(names, runs, summaries, strict=True):
         interval = uar_interval(speaker_matrices(results, config["vote"]))
         between = f"{percent(interval.low)} to {percent(interval.high)}" if interval else "-"
-        what = f"{config.get('arch', '-')} on {config.get('corpus', '-')}"
         figures = (summary.average_f1.mean, summary.average_f1.over_folds, summary.uar.pooled)
-        rows.append((name, what, str(len(results)), *map(percent, figures), between, percent(summary.accuracy.pooled)))
+        rows.append(
+            (name, what(config), str(len(results)), *map(percent, figures), between, percent(summary.accuracy.pooled))
+        )
     header = ("run", "what", "folds", "average F1", "+- folds", "pooled UAR", "95 % interval", "accuracy")
     return Table("Figures in per cent; the interval is a bootstrap over speakers", header, tuple(rows), left=2)
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from npser.errors import UserError
 from npser.files import write_atomically
-from npser.foldresult import VOTES, FoldResult
-from npser.runfolder import RunFolder
+from npser.foldresult import FoldResult
+from npser.runfolder import RunFolder, config_fault
 
 SUFFIX = ".json.xz"
 _LARGEST = 1 << 26  # bytes that a file may unpack to
@@ -30,10 +30,6 @@ class PackedRun:
     path: Path
     config: Mapping[str, Any]
     folds: tuple[FoldResult, ...]
-
-    def finished(self) -> list[tuple[int, int]]:
-        """The finished folds, sorted: (repeat, fold)."""
-        return [(result.repeat, result.fold) for result in self.folds]
 
     def load_folds(self) -> list[FoldResult]:
         """All finished folds, sorted by repeat and fold."""
@@ -50,10 +46,14 @@ def open_run(path: Path | str) -> Run:
 
 
 def pack(config: Mapping[str, Any], results: Sequence[FoldResult], path: Path) -> None:
-    """Write the file. ValueError where shortened probabilities would change a decision."""
+    """Write the file. UserError for a run that is too large for one, ValueError where shortened probabilities would
+    change a decision."""
     folds = [json.loads(as_packed(r).to_json()) for r in sorted(results, key=lambda r: (r.repeat, r.fold))]
     text = json.dumps({"config": dict(config), "folds": folds}, separators=(",", ":"), allow_nan=False)
-    write_atomically(path, lzma.compress(text.encode("utf-8", "surrogateescape"), preset=9))
+    content = text.encode("utf-8", "surrogateescape")
+    if len(content) > _LARGEST:
+        raise UserError(f"{path}: the run is too large for one file ({len(content)} bytes of JSON, at most {_LARGEST})")
+    write_atomically(path, lzma.compress(content, preset=9))
 
 
 def as_packed(result: FoldResult) -> FoldResult:
@@ -68,11 +68,13 @@ def unpack(path: Path) -> PackedRun:
     """Read a file that `pack` wrote; UserError, naming the file, when it is none."""
     try:
         with lzma.open(path) as file:
-            text = file.read(_LARGEST)
+            text = file.read(_LARGEST + 1)
+        if len(text) > _LARGEST:
+            raise ValueError(f"it holds more than {_LARGEST} bytes")
         content = json.loads(text.decode("utf-8", "surrogateescape"))
         config, folds = content["config"], content["folds"]
-        if not isinstance(config, dict) or not isinstance(config.get("labels"), list) or config["vote"] not in VOTES:
-            raise ValueError("it holds no configuration")
+        if fault := config_fault(config) if isinstance(config, dict) else "it holds no configuration":
+            raise ValueError(fault)
         results = tuple(FoldResult.from_json(json.dumps(fold), path) for fold in folds)
         if any(list(result.labels) != config["labels"] for result in results):
             raise ValueError("its folds have other labels than its configuration")

@@ -10,12 +10,13 @@ import numpy as np
 
 from npser.analysis import learning_curves, speaker_matrices, uar_interval
 from npser.cli import count
-from npser.comparison import Run, names_of, summary_of
+from npser.comparison import Run, names_of
 from npser.document import Document
 from npser.errors import UserError
 from npser.files import write_atomically
 from npser.foldresult import FoldResult
 from npser.metrics import precision_recall_f1, unweighted_average_recall
+from npser.report import summary_of
 
 # Okabe and Ito's colours, which colour-blind people can tell apart.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -198,7 +199,7 @@ def _forest(canvas: _Canvas, runs: Sequence[Run]) -> None:
 
 
 def _class_comparison(canvas: _Canvas, runs: Sequence[Run]) -> None:
-    summaries = [summary_of(run) for run in runs]
+    summaries = [summary_of(config, results) for _, config, results in runs]
     labels = list(dict.fromkeys(label for summary in summaries for label in summary.labels))
     figure, axes = canvas.plt.subplots(figsize=(max(6.4, 1.0 * len(labels) + 1), 4.2))
     width = 0.8 / len(runs)

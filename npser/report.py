@@ -6,6 +6,7 @@ A report is worked out once, as a `Document`, and then set as plain text for the
 folder's report.md, or as a page with figures. Several runs are set side by side: `npser.comparison`.
 """
 
+import json
 import math
 import os
 import sys
@@ -77,35 +78,45 @@ def _report(
 ) -> tuple[str, list[Block]]:
     """The heading and the blocks of a run's report."""
     results = sorted(results, key=lambda result: (result.repeat, result.fold))
-    heading = f"{config.get('arch', 'model')} on {config.get('corpus', 'corpus')}"
+    heading = what(config)
     blocks: list[Block] = [_protocol(config, len(results))]
     if config.get("corpus") == "demo":
         blocks.append("demo is the built-in, generated corpus: its figures say nothing about real speech.")
     if not results:
         return heading, blocks if config.get("cv") == "none" else [*blocks, "Nothing to report yet."]
-    planned_folds = config.get("folds")
-    by_vote = {
-        vote: summarise(
-            {(result.repeat, result.fold): result.matrix(vote) for result in results},
-            config["labels"],
-            planned_folds if isinstance(planned_folds, int) else None,
-        )
-        for vote in _VOTE_NAMES
-    }
+    by_vote = {vote: summary_of(config, results, vote) for vote in _VOTE_NAMES}
     chosen = by_vote[config["vote"]]
     blocks.append(_headline(chosen))
-    if config.get("corpus") == "emodb" and config.get("arch") in PAPER_AVERAGE_F1:
-        mean, spread = PAPER_AVERAGE_F1[config["arch"]]
+    if paper := paper_figure(config):
+        mean, spread = paper
         blocks.append(
             f"The paper's average F1 for {config['arch']}: {mean:.2f} (+-{spread:.2f}), 10 folds x 5 repeats; what its "
             "+- means is not said."
         )
-    blocks += [_class_table(chosen), _means_explained(chosen), _figure_table(by_vote)]
+    blocks += [class_table(chosen), _means_explained(chosen), _figure_table(by_vote)]
     blocks += _interval(results, config["vote"])
     blocks += [_matrix_table(chosen, percent=True), _matrix_table(chosen, percent=False)]
     blocks += _hardest(utterance_record(results, config["vote"]), heard)
     blocks += [*_curves(results), _fold_table(results, config["vote"]), _computing(results)]
     return heading, blocks
+
+
+def what(config: Mapping[str, Any]) -> str:
+    """What a run is: the network, its corpus, and the experiment if it is none of npser.train's."""
+    experiment = f", experiment {config['experiment']}" if config.get("experiment") else ""
+    return f"{config.get('arch', 'model')} on {config.get('corpus', 'corpus')}{experiment}"
+
+
+def paper_figure(config: Mapping[str, Any]) -> tuple[float, float] | None:
+    """The paper's average F1 and its "+-" where a run is its experiment: stratified folds of EMO-DB."""
+    same = config.get("corpus") == "emodb" and config.get("cv") == "stratified" and not config.get("experiment")
+    return PAPER_AVERAGE_F1.get(str(config.get("arch"))) if same else None
+
+
+def summary_of(config: Mapping[str, Any], results: Sequence[FoldResult], vote: str | None = None) -> ProtocolSummary:
+    """The figures of a run, by its own vote unless another is named."""
+    matrices = {(result.repeat, result.fold): result.matrix(vote or config["vote"]) for result in results}
+    return summarise(matrices, config["labels"], config.get("folds"))
 
 
 def _protocol(config: Mapping[str, Any], done: int) -> str:
@@ -119,6 +130,8 @@ def _protocol(config: Mapping[str, Any], done: int) -> str:
         "split": "training and test set as given",
     }
     said = [kind.get(str(cv), "cross-validation")]
+    if config.get("experiment"):
+        said.insert(0, f"experiment {config['experiment']} (python -m bench.leakage or bench.nested)")
     if "recipe" in config:
         said.append(f"recipe {config['recipe']}")
     for key, word in (("folds", "folds"), ("repeats", "repeats"), ("epochs", "epochs")):
@@ -145,7 +158,7 @@ def _headline(summary: ProtocolSummary) -> str:
     return f"average F1 {percent(figure.mean)} ({', '.join(spreads)}); pooled {percent(figure.pooled)}"
 
 
-def _class_table(summary: ProtocolSummary) -> Table:
+def class_table(summary: ProtocolSummary) -> Table:
     """The paper's table (precision, recall and F1 of each emotion), the pooled figures beside it."""
     scores = (summary.mean, summary.pooled)
     columns = [column for s in scores for column in (s.precision, s.recall, s.f1)]
@@ -294,15 +307,20 @@ def percent(fraction: float | np.float64) -> str:
 def merged(folders: Sequence[Run]) -> list[tuple[Run, list[FoldResult]]]:
     """The runs in these folders: folders of the same configuration are one run, computed on several machines.
 
-    Of a fold that lies in several of them the first is taken.
+    Unless they decided otherwise on a fold that both have, as another backend may: those are two runs.
     """
-    runs: dict[str, tuple[Run, dict[tuple[int, int], FoldResult]]] = {}
+    runs: list[tuple[str, Run, dict[tuple[int, int], FoldResult]]] = []
     for folder in folders:
-        key = repr(sorted((k, repr(v)) for k, v in folder.config.items() if k not in MAY_CHANGE))
-        _, results = runs.setdefault(key, (folder, {}))
-        for result in folder.load_folds():
-            results.setdefault((result.repeat, result.fold), result)
-    return [(folder, list(results.values())) for folder, results in runs.values()]
+        key = json.dumps({k: v for k, v in folder.config.items() if k not in MAY_CHANGE}, sort_keys=True)
+        made = {(result.repeat, result.fold): result for result in folder.load_folds()}
+        for other, _, results in runs:
+            common = made.keys() & results.keys()
+            if other == key and all(made[fold].confusion == results[fold].confusion for fold in common):
+                results.update({fold: result for fold, result in made.items() if fold not in common})
+                break
+        else:
+            runs.append((key, folder, made))
+    return [(folder, list(results.values())) for _, folder, results in runs]
 
 
 def find_listeners(named: Path | None) -> dict[str, float]:

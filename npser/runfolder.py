@@ -28,13 +28,10 @@ from npser.foldresult import VOTES, FoldResult, damaged, json_text
 from npser.lock import Lock
 
 # What may differ between the start of a run and its resumption, or between machines that share its folds.
-MAY_CHANGE = ("vote", "backend", "precision", "threads", "workers", "only", "versions", "checkpoint")
+MAY_CHANGE = ("vote", "backend", "precision", "threads", "versions")
 
 # Configuration keys that are spelt as options of npser.train in messages; any other key is shown under its own name.
-_OPTIONS = {
-    *("arch", "data", "cv", "folds", "repeats", "epochs", "batch_size", "segment_hop", "vote"),
-    *("only", "backend", "precision", "threads", "workers", "seed", "out", "save"),
-}
+_OPTIONS = {"arch", "cv", "folds", "repeats", "recipe", "epochs", "batch_size", "segment_hop", "seed", "vote"}
 _SHARED_FILES = re.compile(r"config\.json|predictions\.csv|report\.md")
 _FOLD_FILE = re.compile(r"r(0|[1-9][0-9]*)f(0|[1-9][0-9]*)\.json")
 
@@ -67,7 +64,7 @@ class RunFolder:
         """
         path = Path(path)
         new = json.loads(json.dumps(dict(config), allow_nan=False))  # as it would be read back: tuples become lists
-        if fault := _config_fault(new):
+        if fault := config_fault(new):
             raise ValueError(f"the configuration's {fault}")
         try:
             (path / "folds").mkdir(parents=True, exist_ok=True)
@@ -206,7 +203,7 @@ def _shown(config: Mapping[str, Any], key: str) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _config_fault(config: Mapping[str, Any]) -> str | None:
+def config_fault(config: Mapping[str, Any]) -> str | None:
     """What is wrong with the two keys that reading the folds needs, or None."""
     labels = config.get("labels")
     if not isinstance(labels, list) or not labels or not all(isinstance(label, str) for label in labels):
@@ -225,7 +222,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     source = path / "config.json"
     try:
         config = json.loads(_read_text(source))
-        fault = _config_fault(config) if isinstance(config, dict) else "not a JSON object"
+        fault = config_fault(config) if isinstance(config, dict) else "not a JSON object"
     except (ValueError, RecursionError) as error:
         fault = str(error)
     if fault:

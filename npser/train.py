@@ -287,8 +287,8 @@ def _fit_everything(options: argparse.Namespace, corpus: "Corpus", config: dict[
 def _measured_score(run: Path, config: dict[str, Any]) -> dict[str, Any]:
     """The figures of a cross-validation for the model file; UserError unless it is of the same settings and data."""
     from npser.analysis import speaker_matrices, uar_interval
-    from npser.comparison import summary_of
     from npser.packed import open_run
+    from npser.report import summary_of
 
     folder = open_run(run)
     same = ("arch", "utterances_sha256", "labels", *as_settings(from_settings(config)), "optimiser", "features")
@@ -298,7 +298,7 @@ def _measured_score(run: Path, config: dict[str, Any]) -> dict[str, Any]:
     results = folder.load_folds()
     if not results:
         raise UserError(f"--score-from {run}: no fold is finished there")
-    summary = summary_of((run, folder.config, results))
+    summary = summary_of(folder.config, results)
     interval = uar_interval(speaker_matrices(results, folder.config["vote"]))
     return {
         "cv": folder.config.get("cv"),

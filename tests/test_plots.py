@@ -2,6 +2,7 @@
 
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -21,16 +22,23 @@ def run_folder(path, results, /, **changes):
 
 
 def test_several_runs_are_set_side_by_side(tmp_path, capsys):
-    one = run_folder(tmp_path / "one" / "run", four_folds())
-    two = run_folder(tmp_path / "two" / "run", [make_fold(0, 0, [1, 0, 1, 1]), make_fold(0, 1, [1, 1, 1, 1])], seed=1)
+    def apart(results):
+        """With other utterances in fold 1 than in fold 0."""
+        return [
+            replace(r, utterances=tuple(replace(u, file=f"{r.fold}-{u.file}") for u in r.utterances)) for r in results
+        ]
+
+    one = run_folder(tmp_path / "one" / "run", apart(four_folds()))
+    others = [make_fold(0, 0, [1, 0, 1, 1]), make_fold(0, 1, [1, 1, 1, 1])]
+    two = run_folder(tmp_path / "two" / "run", apart(others), seed=1)
     assert main([str(one), str(two)]) == 0
     out = capsys.readouterr().out
     assert out.startswith("2 runs side by side")
     assert re.search(r"^one/run  tdcnn on emodb +4 ", out, re.MULTILINE)
-    # accuracy over the folds, files 0 to 3: one (3/4, 2/4, 1, 1), two (0, 1/2, 1, 1)
-    row = re.search(r"^one/run - two/run +4 +(\S+) +- +- +1 : 0 +1\.000", out, re.MULTILINE)
+    # right in repeat 0, which both have: one (1, 1, 1, 1) and (1, 0, 1, 1), two (0, 1, 1, 1) and (0, 0, 1, 1)
+    row = re.search(r"^one/run - two/run +8 +(\S+) +- +- +2 : 0 +0\.500", out, re.MULTILINE)
     assert row, out
-    assert float(row[1]) == 100 * (0.75 + 0.5 - 0.5) / 4
+    assert float(row[1]) == 100 * (2 / 4 + 0) / 2
 
 
 def test_parts_of_a_run_are_put_together(tmp_path, capsys):

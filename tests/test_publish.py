@@ -19,7 +19,7 @@ from npser.options import read
 from npser.packed import SUFFIX, open_run, pack, unpack
 from npser.recipes import RECIPES, as_settings
 from npser.report import main as report_main
-from npser.report import render_markdown
+from npser.report import merged, render_markdown
 from npser.runfolder import RunFolder
 from npser.synthetic import demo_corpus
 
@@ -29,7 +29,7 @@ LABELS = ("neutral", "anger")
 def config(**changes):
     arch = changes.get("arch", "cnn")
     made = {**CONFIG, "recipe": "paper", **as_settings(RECIPES["paper"][arch]), "arch": arch, "corpus": "emodb"}
-    return {**made, "folds": 2, "repeats": 2, **changes}
+    return {**made, "folds": 10, "repeats": 5, **changes}
 
 
 def some_fold(repeat, fold, seed=0):
@@ -59,7 +59,6 @@ def test_a_packed_run_reports_what_the_folder_does(tmp_path, capsys):
     pack(folder.config, folds[::-1], tmp_path / "run.json.xz")
     packed = open_run(tmp_path / "run.json.xz")
     assert packed.config == folder.config
-    assert packed.finished() == folder.finished()
     assert [r.confusion for r in packed.load_folds()] == [r.confusion for r in folder.load_folds()]
     assert render_markdown(packed.config, packed.load_folds()) == render_markdown(folder.config, folds)
     assert report_main([str(tmp_path / "run.json.xz")]) == 0
@@ -102,13 +101,43 @@ def test_a_growing_run_keeps_what_was_published(tmp_path):
     ((settings, folds),) = publish.shipped(runs).values()
     assert [(r.repeat, r.fold) for r in folds] == [(0, 0), (0, 1), (1, 0)]
     assert settings["epochs"] == config()["epochs"]
-    save(tmp_path / "other", config(folds=3), [some_fold(1, 1)])
-    with pytest.raises(UserError, match="settings"):
-        publish.publish([tmp_path / "other"], runs, pictures)
+    save(tmp_path / "other", config(features={"hop": 64}), [some_fold(1, 1)])
+    save(tmp_path / "changed", config(), [some_fold(0, 0, seed=8)])
+    for folder in ("other", "changed"):
+        with pytest.raises(UserError, match="its settings or its decisions are not those of"):
+            publish.publish([tmp_path / folder], runs, pictures)
+    save(tmp_path / "split", config(cv="split", folds=1), [some_fold(0, 0)])
+    with pytest.raises(UserError, match="cannot be published"):
+        publish.publish([tmp_path / "split"], runs, pictures)
     save(tmp_path / "longer", config(epochs=99), [some_fold(1, 1)])  # not the recipe: a run of its own
     publish.publish([tmp_path / "longer"], runs, pictures)
     assert list(publish.shipped(runs)) == ["cnn-emodb-epochs99-s0", "cnn-emodb-s0"]
-    assert "| cnn, paper recipe, epochs 99 | 1 of 4 |" in publish.results_text(publish.shipped(runs))
+    assert "| cnn, paper recipe, epochs 99 | 1 of 50 |" in publish.results_text(publish.shipped(runs))
+    (runs / "cnn-emodb-s0.json.xz").rename(runs / "cnn-emodb-s1.json.xz")
+    with pytest.raises(UserError, match=r"s1\.json\.xz: the run in it is called cnn-emodb-s0"):
+        publish.shipped(runs)
+
+
+def test_a_run_is_called_by_everything_that_makes_it_another():
+    others = [
+        config(), config(seed=1), config(folds=5), config(repeats=1), config(corpus="ravdess"), config(backend="cuda"),
+        config(backend="cuda", precision="tf32"), config(cv="speaker"), config(recipe="best"), config(epochs=9),
+        config(training=config()["training"] | {"clip_norm": 2.0}),
+        config(training=config()["training"] | {"speeds": [0.9, 1.1]}), config(experiment="honest"),
+    ]  # fmt: skip
+    names = [publish.name_of(c) for c in others]
+    assert len(set(names)) == len(names)
+    labels = [publish._what(c) for c in others if c["cv"] == "stratified" and not c.get("experiment")]
+    assert len(set(labels)) == len(labels) - 2  # folds and repeats have tables of their own
+    assert "with clip\\_norm=2.0 |" in publish.results_text({"a": (others[10], [some_fold(0, 0)])})
+
+
+def test_runs_that_decided_otherwise_are_not_put_together(tmp_path):
+    a = RunFolder.open(save(tmp_path / "a", config(), [some_fold(0, 0)]))
+    b = RunFolder.open(save(tmp_path / "b", config(backend="cuda"), [some_fold(0, 0, seed=1), some_fold(0, 1)]))
+    c = RunFolder.open(save(tmp_path / "c", config(), [some_fold(0, 1)]))
+    assert [len(results) for _, results in merged([a, b])] == [1, 2]
+    assert [len(results) for _, results in merged([a, c])] == [2]
 
 
 def test_another_machine_goes_on_from_the_packed_run(tmp_path, capsys):
@@ -118,30 +147,31 @@ def test_another_machine_goes_on_from_the_packed_run(tmp_path, capsys):
     assert folder.finished() == [(0, 1)]
 
 
-def test_the_tables_hold_every_run(tmp_path):
+def test_the_tables_hold_every_run():
+    best = [some_fold(0, 0, seed=3), some_fold(0, 2, seed=3)]
     folds = [some_fold(r, f) for r in (0, 1) for f in (0, 1)]
     published = {
         "cnn-emodb-s0": (config(), folds),
         "lstm-emodb-s0": (config(arch="lstm"), [some_fold(0, f, seed=1) for f in (0, 1)]),
         "cnn-emodb-speaker-s0": (config(cv="speaker", folds=4, repeats=1), folds[:2]),
         "honest-cnn-emodb-s0": (config(experiment="honest"), folds[:2]),
-        "best-epoch-cnn-emodb-s0": (config(experiment="best-epoch"), folds[2:]),
+        "best-epoch-cnn-emodb-s0": (config(experiment="best-epoch"), best),
         "windows-split-lstm-emodb-s0": (config(experiment="windows-split", arch="lstm"), folds[2:]),
     }
     text = publish.results_text(published)
     rows = {
         line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in text.splitlines() if line.startswith("|")
     }
-    f1 = [np.nanmean([publish_f1(r) for r in part]) for part in (folds, folds[:2], folds[2:])]
+    f1 = [np.nanmean([publish_f1(r) for r in part]) for part in (folds, folds[:2])]
     assert rows["honest"][1] == f"{100 * f1[1]:.2f}"
     assert rows["windows-split"][2] == "-"  # the honest run beside it is another network's
-    assert rows["best-epoch"][2] == f"{100 * (f1[2] - f1[1]):+.2f}"
+    assert rows["best-epoch"][2] == f"{100 * (publish_f1(best[0]) - publish_f1(folds[0])):+.2f}"  # their common fold
     assert rows["cnn, paper recipe"][0] == "2 of 4"  # the last table with such a row: leave one speaker out
-    assert f"| cnn, paper recipe | 4 of 4 | {100 * f1[0]:.2f} |" in text
+    assert f"| cnn, paper recipe | 4 of 50 | {100 * f1[0]:.2f} |" in text
     assert "86.06 (+-2.39)" in text
     assert "cnn-emodb-s0 - lstm-emodb-s0" in text
     assert "python -m npser.train --arch cnn --data emodb --cv speaker --repeats 1" in text
-    assert rows["cnn-emodb-s0"][-2:] == ["2.0", "4 of 4 |"]
+    assert rows["cnn-emodb-s0"][-2:] == ["2.0", "4 of 50 |"]
 
 
 def publish_f1(result):
@@ -195,8 +225,11 @@ def test_a_real_run_is_published(tones, tmp_path):
     published = publish.shipped(tmp_path / "runs")
     ((name, (_, folds)),) = published.items()
     assert len(folds) == 2
-    assert name.endswith("-epochs2-segment-hop40-s0")
-    what, f1 = "lstm, paper recipe, epochs 2, segment hop 40", 100 * np.mean([publish_f1(r) for r in folds])
+    assert name.endswith("-epochs2-segment-hop40-folds2-repeats1-s0")
+    what, f1 = (
+        f"lstm, {tones.name}, paper recipe, epochs 2, segment hop 40",
+        100 * np.mean([publish_f1(r) for r in folds]),
+    )
     assert f"| {what} | 2 of 2 | {f1:.2f} |" in publish.results_text(published)
     assert all((tmp_path / "pictures" / f"{name}-{kind}.png").stat().st_size for kind in publish.DRAWN)
 

@@ -234,14 +234,14 @@ def test_resuming_with_the_same_options(tmp_path):
 
 
 def test_every_difference_is_named_with_both_values(tmp_path):
-    RunFolder.open_or_create(tmp_path, CONFIG | {"batch_size": 32, "data": "emodb"})
+    RunFolder.open_or_create(tmp_path, CONFIG | {"batch_size": 32, "recipe": "best"})
     before = (tmp_path / "config.json").read_bytes()
     changes = {"epochs": 10, "batch_size": 16, "features": {"hop": 64, "floor": 1e-5}, "segment_hop": 8}
     with pytest.raises(UserError) as caught:
         RunFolder.open_or_create(tmp_path, CONFIG | changes, may_change={"vote"})
     assert str(caught.value) == (
         f"{tmp_path}: --epochs was 8, now 10; features.hop was 128, now 64; --batch-size was 32, now 16; "
-        "--data was emodb, now not set; --segment-hop was not set, now 8: "
+        "--recipe was best, now not set; --segment-hop was not set, now 8: "
         "use another --out, or the same options to resume"
     )
     assert (tmp_path / "config.json").read_bytes() == before
