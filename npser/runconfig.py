@@ -1,10 +1,12 @@
 """config.json: everything needed to repeat a run, and what tells one run from another."""
 
+import contextlib
 import hashlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from npser import features
+from npser import features, synthetic
+from npser.audio import as_bytes
 from npser.cli import versions
 from npser.crossval import Settings
 from npser.optim import SGD
@@ -24,6 +26,7 @@ def run_config(
         "corpus": corpus.name,
         "utterances": len(corpus.utterances),
         "utterances_sha256": listing_sha256(corpus),
+        "audio_sha256": audio_sha256(corpus),
         "labels": list(corpus.labels),
         "cv": cv,
         "folds": folds,
@@ -45,6 +48,17 @@ def listing_sha256(corpus: "Corpus") -> str:
     """Of which utterances a run is made, and on which side of a given split each is."""
     lines = ("\t".join([u.name, u.speaker, u.emotion, *([u.split] if u.split else [])]) for u in corpus.utterances)
     return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def audio_sha256(corpus: "Corpus") -> str:
+    """What these utterances sound like: the bytes of their files, or, of the built-in corpus, what makes them."""
+    digest = hashlib.sha256()
+    for path in [u.path for u in corpus.utterances if u.path] or [synthetic.__file__]:
+        with contextlib.suppress(OSError), open(as_bytes(path), "rb") as file:  # reading it as audio says what is wrong
+            while block := file.read(1 << 20):
+                digest.update(block)
+        digest.update(b"end of file")
+    return digest.hexdigest()
 
 
 def settings_of(config: Mapping[str, Any]) -> Settings:

@@ -32,6 +32,10 @@ MAY_CHANGE = ("vote", "backend", "precision", "threads", "versions")
 
 # Configuration keys that are spelt as options of npser.train in messages; any other key is shown under its own name.
 _OPTIONS = {"arch", "cv", "folds", "repeats", "recipe", "epochs", "batch_size", "segment_hop", "seed", "vote"}
+_WORDS = {
+    "utterances_sha256": "the list of utterances (SHA-256)",
+    "audio_sha256": "what the recordings hold (SHA-256)",
+}
 _SHARED_FILES = re.compile(r"config\.json|predictions\.csv|report\.md")
 _FOLD_FILE = re.compile(r"r(0|[1-9][0-9]*)f(0|[1-9][0-9]*)\.json")
 
@@ -191,7 +195,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _option(key: str) -> str:
-    return f"--{key.replace('_', '-')}" if key in _OPTIONS else key
+    return f"--{key.replace('_', '-')}" if key in _OPTIONS else _WORDS.get(key, key)
 
 
 def _shown(config: Mapping[str, Any], key: str) -> str:

@@ -30,7 +30,7 @@ DEMO_FOLDS, DEMO_REPEATS = 2, 1
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit status, raises UserError or RunFailed."""
     options = read(arguments)
-    threads = set_threads(options.threads, options.backend)
+    threads = set_threads(None if options.dask else options.threads, options.backend)  # --dask: those of other machines
     if options.workers > threads:
         raise UserError(f"--workers {options.workers}: they share {count(threads, 'threads')}: use at most so many")
     threads //= options.workers
@@ -188,6 +188,7 @@ def _in_processes(
             fold=fold.number,
             checkpoint=str(folder.checkpoint_path(fold.repeat, fold.number)) if keep else None,
             about=about,
+            threads=options.threads if options.dask else folder.config["threads"],
         )
         for fold in waiting
     ]
@@ -291,7 +292,15 @@ def _measured_score(run: Path, config: dict[str, Any]) -> dict[str, Any]:
     from npser.report import summary_of
 
     folder = open_run(run)
-    same = ("arch", "utterances_sha256", "labels", *as_settings(from_settings(config)), "optimiser", "features")
+    same = (
+        "arch",
+        "utterances_sha256",
+        "audio_sha256",
+        "labels",
+        *as_settings(from_settings(config)),
+        "optimiser",
+        "features",
+    )
     differing = [key.removesuffix("_sha256") for key in same if folder.config.get(key) != config[key]]
     if differing:
         raise UserError(f"--score-from {run}: another training, its {', '.join(differing)} are not those of this one")

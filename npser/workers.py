@@ -22,7 +22,7 @@ from functools import lru_cache
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any
 
-from npser.cli import count
+from npser.cli import count, keep_memory
 from npser.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class Job:
     fold: int
     checkpoint: str | None  # where the state of the unfinished fold is kept, None for nowhere
     about: Mapping[str, Any]  # recorded with the fold
+    threads: int | None = None  # None for all that the worker has
 
     @property
     def name(self) -> str:
@@ -55,43 +56,46 @@ class Job:
 
 def compute(job: Job) -> "FoldResult":
     """Compute a fold, in a worker. RunFailed when the training diverges, UserError when its corpus is another one."""
-    from npser.cli import computing, set_threads
+    from npser.cli import computing, set_threads, versions
 
     config = job.config
-    set_threads(config["threads"], config["backend"])
+    threads = set_threads(job.threads, config["backend"])
     from pathlib import Path
 
     from npser.crossval import make_folds, train_and_test
     from npser.progress import Progress
-    from npser.runconfig import listing_sha256, settings_of
+    from npser.runconfig import settings_of
     from npser.train import machine_of
 
     with computing(config["backend"], config["precision"]):
-        corpus, spoken = _corpus(
-            job.data, job.test_data, config["backend"], config["threads"], tuple(config["training"]["speeds"])
-        )
-        if listing_sha256(corpus) != config["utterances_sha256"]:
-            raise UserError(f"--data {job.data}: the worker finds other utterances there than this machine")
+        listing = config["utterances_sha256"], config["audio_sha256"]
+        speeds = tuple(config["training"]["speeds"])
+        corpus, spoken = _corpus(job.data, job.test_data, *listing, config["backend"], threads, speeds)
         folds = make_folds(corpus, config["cv"], config["folds"], config["repeats"], config["seed"])
         fold = next(fold for fold in folds if (fold.repeat, fold.number) == (job.repeat, job.fold))
         silent = Progress(0, io.StringIO())
         silent.begin_fold(f"fold {job.name}", 0)
         path = Path(job.checkpoint) if job.checkpoint else None
-        about = {**job.about, "machine": machine_of(config)}
-        return train_and_test(corpus, spoken, fold, settings_of(config), silent, path, about)
+        here = {"machine": machine_of(config), "threads": threads, "versions": versions()}
+        return train_and_test(corpus, spoken, fold, settings_of(config), silent, path, {**job.about, **here})
 
 
 @lru_cache(maxsize=1)
 def _corpus(
-    data: str, test_data: str | None, backend: str, threads: int, speeds: tuple[float, ...]
+    data: str, test_data: str | None, listing: str, audio: str, backend: str, threads: int, speeds: tuple[float, ...]
 ) -> "tuple[Corpus, Versions]":
-    """The corpus and its frames, kept from one fold to the next."""
+    """The corpus and its frames, kept from one fold to the next, not from one run to another with other recordings."""
     from npser.corpus import cross_corpus, open_corpus
     from npser.frontend import read_versions
+    from npser.runconfig import audio_sha256, listing_sha256
 
     corpus = open_corpus(data)
     if test_data:
         corpus = cross_corpus(corpus, open_corpus(test_data))
+    if listing_sha256(corpus) != listing:
+        raise UserError(f"--data {data}: the worker finds other utterances there than this machine")
+    if audio_sha256(corpus) != audio:
+        raise UserError(f"--data {data}: the worker finds other recordings there, under the same names")
     return corpus, read_versions(corpus, backend, threads, speeds)
 
 
@@ -100,28 +104,49 @@ def run_folds(
 ) -> None:
     """Compute the folds, at most `at_once` of them at a time, and save each as soon as it is there.
 
-    Whatever a fold raises is raised here, and no further fold is begun; those that are finished are kept.
+    Whatever a fold raises is raised here, once those that are being computed are finished and kept; no other is begun.
     total: how many there were in the beginning, for the lines that count them (default: these).
     """
     waiting = list(jobs)
     total, running = total or len(waiting), dict[Future[Any], Job]()
+    failure: BaseException | None = None
     try:
-        while waiting or running:
-            while waiting and len(running) < at_once:
+        while running or (waiting and failure is None):
+            while waiting and failure is None and len(running) < at_once:
                 job = waiting.pop(0)
                 running[executor.submit(compute, job)] = job
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
+                job = running.pop(future)
+                if error := _failure(future):
+                    if failure is None and running and isinstance(error, UserError | RunFailed):
+                        others = f"{count(len(running), 'folds')} at work {'is' if len(running) == 1 else 'are'}"
+                        _say(f"fold {job.name} failed; {others} finished first")
+                    failure = failure or error
+                    continue
                 result = future.result()
                 folder.save_fold(result)
-                job = running.pop(future)
                 left = len(waiting) + len(running)
                 last = f", training loss {result.epochs[-1].loss:.4f}" if result.epochs else ""
                 took = f" in {result.run['seconds']:.0f} s" if "seconds" in result.run else ""
-                print(f"fold {job.name} done{took}{last}; {total - left} of {total}", file=sys.stderr, flush=True)
+                _say(f"fold {job.name} done{took}{last}; {total - left} of {total}")
     finally:
         for future in running:
             future.cancel()
+    if failure is not None:
+        raise failure
+
+
+def _failure(future: "Future[Any]") -> BaseException | None:
+    """What a fold that is done has raised; None where it has a result."""
+    try:
+        return future.exception()
+    except CancelledError as error:
+        return error
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def run_locally(
@@ -143,7 +168,7 @@ def run_locally(
                 run_folds(executor, left, folder, workers, total)
             return
         except BrokenProcessPool:  # a dead process takes its pool along
-            print("a worker died (killed, or out of memory): unfinished folds start again", file=sys.stderr, flush=True)
+            _say("a worker died (killed, or out of memory): unfinished folds start again")
             finished = set(folder.finished())
             left = [job for job in left if (job.repeat, job.fold) not in finished]
     raise RunFailed(f"workers died {LOST} times: use fewer --workers; the finished folds are kept")
@@ -152,7 +177,7 @@ def run_locally(
 def _announce(folds: int, workers: int, where: str) -> None:
     """The first line, because minutes may pass before the next."""
     done_by = f"{count(folds, 'folds')} for {count(workers, 'workers')} on {where}"
-    print(f"{done_by}; a line for each that is done", file=sys.stderr, flush=True)
+    _say(f"{done_by}; a line for each that is done")
 
 
 @contextmanager
@@ -203,6 +228,7 @@ def _end_with_parent(listener: "Connection") -> None:
     Ctrl-C reaches all processes of a terminal; the parent answers it for all.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it could not be blocked before the start
+    keep_memory()
 
     def wait_for_the_end() -> None:
         with contextlib.suppress(EOFError, OSError):

@@ -1,12 +1,17 @@
 """What config.json says of a run, and that another run says something else."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
+import soundfile
 
+from npser import train
+from npser.corpus import open_corpus
 from npser.crossval import Settings
+from npser.errors import UserError
 from npser.recipes import RECIPES
-from npser.runconfig import listing_sha256, run_config, settings_of
+from npser.runconfig import audio_sha256, listing_sha256, run_config, settings_of
 from npser.synthetic import demo_corpus
 
 CORPUS = demo_corpus()
@@ -24,6 +29,21 @@ def test_a_listing_knows_utterances_speakers_emotions_and_sides():
     corpora = [replace(CORPUS, utterances=(u, *CORPUS.utterances[1:])) for u in (first, *others)]
     corpora += [split("train"), split("test")]
     assert len({listing_sha256(corpus) for corpus in corpora}) == len(corpora)
+
+
+def test_other_recordings_under_the_same_names_are_another_corpus(tones, tmp_path):
+    before = open_corpus(str(tones))
+    copy = shutil.copytree(tones, tmp_path / tones.name)
+    same = open_corpus(str(copy))
+    assert (listing_sha256(same), audio_sha256(same)) == (listing_sha256(before), audio_sha256(before))
+    options = ["--arch", "lstm", "--folds", "2", "--repeats", "1", "--epochs", "1", "--segment-hop", "80"]
+    command = [*options, "--only", "0.0", "--data", str(copy), "--out", str(tmp_path / "run")]
+    assert train.main(command) == 0
+    noisy = copy / "happy" / "high0.wav"
+    samples, rate = soundfile.read(noisy)
+    soundfile.write(noisy, 0.9 * samples, rate)
+    with pytest.raises(UserError, match=r"what the recordings hold \(SHA-256\) was"):
+        train.main(command)
 
 
 @pytest.mark.parametrize("recipe", ["paper", "best"])

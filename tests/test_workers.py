@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -13,8 +14,10 @@ import pytest
 from conftest import ROOT, run_module
 
 from npser import train, workers
+from npser.corpus import open_corpus
 from npser.errors import RunFailed, UserError
 from npser.foldresult import fold_result
+from npser.runconfig import audio_sha256, listing_sha256
 from npser.runfolder import RunFolder
 
 SHORT = ("--arch", "lstm", "--folds", "3", "--repeats", "1", "--epochs", "2", "--segment-hop", "40", "--threads", "1")
@@ -38,7 +41,7 @@ def test_two_processes_give_what_one_gives(tones, tmp_path):
     folder = RunFolder.open_or_create(tmp_path / "two", config)
     checkpoint = str(folder.checkpoint_path(0, 1))
     jobs = [
-        workers.Job(str(tones), None, config, 0, fold, checkpoint if fold == 1 else None, {"threads": 1})
+        workers.Job(str(tones), None, config, 0, fold, checkpoint if fold == 1 else None, {"threads": 1}, 1)
         for fold in range(3)
     ]
     workers.run_locally(jobs, folder, 2)
@@ -101,6 +104,24 @@ def test_a_failing_fold_ends_the_run_and_the_finished_ones_are_kept(folder, monk
     assert begun == [0, 1, 2]
 
 
+def test_folds_at_work_beside_a_failing_one_are_kept(folder, monkeypatch, capsys):
+    failed = threading.Event()
+
+    def compute(job):
+        if job.fold == 0:
+            failed.set()
+            raise RunFailed("fold 0.0: diverged")
+        failed.wait()
+        time.sleep(0.05)
+        return a_result(job.fold)
+
+    monkeypatch.setattr(workers, "compute", compute)
+    with ThreadPoolExecutor(2) as executor, pytest.raises(RunFailed, match=r"fold 0\.0: diverged"):
+        workers.run_folds(executor, [job(n) for n in range(6)], folder, 2)
+    assert folder.finished() == [(0, 1)]
+    assert "fold 0.0 failed; 1 fold at work is" in capsys.readouterr().err
+
+
 def die_once(job):
     """In a spawned process: fold 1 kills its worker the first time."""
     mark = os.environ["NPSER_TEST_MARK"]
@@ -156,15 +177,12 @@ def test_wrong_use(tones, tmp_path):
         train.main([*base, "--cv", "none", "--workers", "2"])
 
 
-def test_a_worker_that_finds_other_utterances_says_so(tones):
-    config = {
-        "backend": "cpu",
-        "precision": "float32",
-        "threads": 1,
-        "utterances_sha256": "0",
-        "training": {"speeds": []},
-    }
-    with pytest.raises(UserError, match="other utterances"):
+@pytest.mark.parametrize(("key", "said"), [("utterances_sha256", "other utterances"), ("audio_sha256", "other rec")])
+def test_a_worker_that_finds_other_data_says_so(tones, key, said):
+    corpus = open_corpus(str(tones))
+    config = {"backend": "cpu", "precision": "float32", "training": {"speeds": []}}
+    config |= {"utterances_sha256": listing_sha256(corpus), "audio_sha256": audio_sha256(corpus), key: "0"}
+    with pytest.raises(UserError, match=said):
         workers.compute(workers.Job(str(tones), None, config, 0, 0, None, {}))
 
 
