@@ -10,13 +10,13 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from npser.features import Standardisation, WindowSet, padded
+from npser.features import Standardisation, Windows, padded
 from npser.recipes import Recipe
 
 Frames = NDArray[np.float32]
 
 
-class AugmentedWindows(WindowSet):
+class AugmentedWindows(Windows):
     """The windows of some utterances, drawn anew for every epoch.
 
     versions[0] holds the utterances' own frames, the other lists the same utterances at other speeds.
@@ -25,7 +25,7 @@ class AugmentedWindows(WindowSet):
     def __init__(
         self, versions: Sequence[Sequence[Frames]], scale: Standardisation, length: int, recipe: Recipe
     ) -> None:
-        super().__init__(versions[0], scale, length, recipe.segment_hop)
+        super().__init__([len(frames) for frames in versions[0]], length, recipe.segment_hop)
         self.versions, self.scale, self.recipe = versions, scale, recipe
 
     def epoch(self, rng: np.random.Generator) -> tuple[Frames, NDArray[np.intp]]:

@@ -5,7 +5,7 @@ a 256-point short-time Fourier transform (periodic Hann window, 50 % overlap, no
 `length` consecutive rows, starting every `hop` rows; a recording shorter than one window is padded with the floor.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -32,6 +32,19 @@ def log_magnitude(k: ModuleType, samples: NDArray[np.float32]) -> NDArray[np.flo
     return np.log(np.maximum(magnitude[:, :BINS], np.float32(FLOOR)))
 
 
+def _sum_of(parts: Iterable[np.float64]) -> np.float64:
+    return np.float64(sum(parts))
+
+
+def _sum_of_rows(parts: Iterable[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """The sum of the rows of all parts, each (rows, columns), in their order: (columns,)."""
+    total: NDArray[np.float64] | None = None
+    for part in parts:
+        total = np.add.reduce(part if total is None else np.concatenate([total[None], part]))
+    assert total is not None
+    return total
+
+
 @dataclass(frozen=True)
 class Standardisation:
     """Mean and standard deviation of the training frames, of each bin or of all bins: x -> (x - mean) / deviation."""
@@ -45,9 +58,15 @@ class Standardisation:
 
         kind: "bin", every bin has its own, or "global", all bins have the same.
         """
-        everything = np.concatenate(frames).astype(np.float64)
-        axis = None if kind == "global" else 0
-        mean, deviation = (np.broadcast_to(f(everything, axis=axis), everything.shape[1]) for f in (np.mean, np.std))
+        count = sum(map(len, frames))
+        if kind == "global":
+            bins = frames[0].shape[1]
+            mean = np.full(bins, _sum_of(f.sum(dtype=np.float64) for f in frames) / (count * bins))
+            squares = (np.square(f - mean, dtype=np.float64).sum() for f in frames)
+            deviation = np.full(bins, np.sqrt(_sum_of(squares) / (count * bins)))
+        else:  # row after row, whatever the utterances' lengths
+            mean = _sum_of_rows(frame.astype(np.float64) for frame in frames) / count
+            deviation = np.sqrt(_sum_of_rows(np.square(frame - mean) for frame in frames) / count)
         # A bin that never moves must not be blown up.
         return cls(mean.astype(np.float32), np.maximum(deviation, 1e-3).astype(np.float32))
 
@@ -55,42 +74,55 @@ class Standardisation:
         return (frames - self.mean) / self.deviation
 
 
-class WindowSet:
-    """All windows of some utterances, cut out of their frames when a batch is asked for.
+class Windows:
+    """Where the windows of some utterances lie.
 
     `owner` (windows,) is the position of each window's utterance in the list given; `start` (windows,) its first frame
-    there. `everything` holds the frames of all utterances, each from row `first` (utterances,) on, and `rows`
-    (windows,) is the place of a window's first frame in it.
+    there. The frames of all utterances behind each other, each utterance's begin in row `first` (utterances,), and
+    `rows` (windows,) is the place of a window's first frame.
+    """
+
+    def __init__(self, lengths: Sequence[int], length: int, hop: int) -> None:
+        """lengths: the frames of each utterance; one that is shorter than a window counts as one."""
+        self.length = length
+        padded = np.maximum(np.array(lengths), length)
+        counts = [window_count(n, length, hop) for n in padded]
+        self.owner = np.repeat(np.arange(len(counts)), counts)
+        self.start = np.concatenate([hop * np.arange(count) for count in counts])
+        self.first = np.cumsum(padded) - padded
+        self.rows = self.first[self.owner] + self.start
+
+    def __len__(self) -> int:
+        return len(self.owner)
+
+    def epoch(self, rng: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
+        """What is trained on in an epoch: frames of all utterances, and the row at which each window begins."""
+        raise NotImplementedError
+
+
+class WindowSet(Windows):
+    """All windows of some utterances, cut out of their frames when a batch is asked for.
+
+    `everything` (frames, 128) holds the standardised frames of all utterances.
     """
 
     def __init__(
         self, utterances: Sequence[NDArray[np.float32]], scale: Standardisation, length: int, hop: int
     ) -> None:
-        self.length = length
-        frames = [scale.apply(padded(frames, length)) for frames in utterances]
-        self.everything = np.concatenate(frames)
-        lengths = np.array([len(f) for f in frames])
-        counts = [window_count(n, length, hop) for n in lengths]
-        self.owner = np.repeat(np.arange(len(counts)), counts)
-        self.start = np.concatenate([hop * np.arange(count) for count in counts])
-        self.first = np.cumsum(lengths) - lengths
-        self.rows = self.first[self.owner] + self.start
-
-    def __len__(self) -> int:
-        return len(self.owner)
+        super().__init__([len(frames) for frames in utterances], length, hop)
+        self.everything = np.concatenate([scale.apply(padded(frames, length)) for frames in utterances])
 
     def batch(self, which: NDArray[np.intp]) -> Array:
         """The windows with these numbers: (len(which), length, 128) float32."""
         return host.take_windows(self.everything, self.rows[which], self.length)
 
     def epoch(self, rng: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
-        """What is trained on in an epoch: frames of all utterances, and the row at which each window begins."""
         return self.everything, self.rows
 
     def recordings(self) -> Iterator[tuple[Array, NDArray[np.intp]]]:
         """Each utterance's standardised frames (N, 128), and where its windows begin among them."""
-        for number, frames in enumerate(np.split(self.everything, self.first[1:])):
-            yield frames, self.start[self.owner == number]
+        ends = np.cumsum(np.bincount(self.owner))[:-1]
+        yield from zip(np.split(self.everything, self.first[1:]), np.split(self.start, ends), strict=True)
 
 
 def window_count(frames: int, length: int, hop: int) -> int:

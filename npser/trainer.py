@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kernels.reference import Array
 from npser.errors import RunFailed
-from npser.features import WindowSet
+from npser.features import Windows, WindowSet
 from npser.files import explained, replacing
 from npser.foldresult import EpochResult
 from npser.folds import oversampled_runs, runs
@@ -34,7 +34,7 @@ LOOK_EVERY = 0.5  # seconds between two readings of loss and accuracy where read
 class Task:
     """What is to be learned: windows, their classes, and the seed words (seed, repeat, fold) of all that is random."""
 
-    windows: WindowSet
+    windows: Windows
     targets: NDArray[np.int64]  # (windows,)
     seed: Sequence[int]
     epochs: int
@@ -45,7 +45,7 @@ class Task:
     share_windows: int = 1
 
     @classmethod
-    def of(cls, windows: WindowSet, targets: NDArray[np.int64], seed: Sequence[int], recipe: Recipe) -> "Task":
+    def of(cls, windows: Windows, targets: NDArray[np.int64], seed: Sequence[int], recipe: Recipe) -> "Task":
         """The task that a recipe makes of these windows."""
         names = ("epochs", "batch_size", "clip_norm", "final_rate", "average_last", "share_windows")
         return cls(windows, targets, seed, **{name: getattr(recipe, name) for name in names})
