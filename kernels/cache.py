@@ -2,9 +2,12 @@
 
 import hashlib
 import os
+import stat
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+
+from kernels import Unavailable
 
 
 def cache_folder(sources: Iterable[Path], more: str = "") -> Path:
@@ -22,9 +25,20 @@ def cache_folder(sources: Iterable[Path], more: str = "") -> Path:
     for root in filter(None, roots):
         folder = Path(root) / f"kernels-{state}"
         try:
+            if root == roots[-1] and not _ours(Path(root)):
+                continue
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
                 return folder
         except OSError:
             continue
-    raise ImportError("no folder to keep compiled kernels in: set NUMBA_CACHE_DIR to a writable folder")
+    raise Unavailable("no folder to keep compiled kernels in: set NUMBA_CACHE_DIR to a writable folder")
+
+
+def _ours(folder: Path) -> bool:
+    """Make a folder among those of other users, or see whether it is ours alone: compiled code is loaded from there."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    status = folder.lstat()
+    return not hasattr(os, "getuid") or (
+        stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
+    )

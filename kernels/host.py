@@ -100,6 +100,8 @@ def step_before(h: Array) -> Array:
 def shortened(gradients: Sequence[Array], longest: float) -> list[Array]:
     """The gradients, scaled down together where their common Euclidean norm exceeds `longest`."""
     norm = np.sqrt(sum(float(np.vdot(dw, dw)) for dw in gradients))
+    if np.isinf(norm):  # of squares beyond float32
+        norm = np.sqrt(sum(float(np.square(dw, dtype=np.float64).sum()) for dw in gradients))
     scale = min(1.0, longest / norm) if norm > 0 else 1.0
     return [dw * dw.dtype.type(scale) for dw in gradients]
 

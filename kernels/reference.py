@@ -238,7 +238,7 @@ def lstm_inference(x: Array, wx: Array, wh: Array, b: Array) -> Array:
     wx (I, 4H), b (4H,): `lstm_forward` of the input projections.
     """
     B, T, I = x.shape
-    return lstm_forward(dense_forward(x.reshape(B * T, I), wx, b).reshape(B, T, -1), wh)[0]
+    return lstm_forward(dense_forward(x.reshape(B * T, I), wx, b).reshape(B, T, wx.shape[1]), wh)[0]
 
 
 def lstm_backward(dh: Array, gates: Array, c: Array, wh: Array) -> Array:

@@ -100,8 +100,9 @@ def _resampled_blocks(path: str) -> Iterator[Samples]:
         if _header_promises_more(path):
             raise UserError(f"{path}: truncated, the header promises more data than the file holds; copy it again")
         with _opened(path) as file:
-            # The filter grows with the rate: a damaged one would exhaust memory.
-            if not 1000 <= file.rate <= 768_000:
+            # The filter grows with the rate, less what it shares with ours: a damaged one would exhaust memory.
+            odd = file.rate // math.gcd(max(file.rate, 1), SAMPLE_RATE) > 200_000
+            if odd or not 1000 <= file.rate <= 768_000:
                 if not file.promised:
                     raise UserError(f"{path}: empty, it holds no samples; remove it or record it again")
                 raise UserError(
@@ -109,6 +110,8 @@ def _resampled_blocks(path: str) -> Iterator[Samples]:
                 )
             made = 0
             for block in resampled(_checked(path, file), file.rate):
+                if not np.isfinite(block).all():
+                    raise UserError(f"{path}: holds samples that are too large to be resampled; export it again")
                 made += block.size
                 yield block
     except (OSError, RuntimeError, TypeError) as error:  # soundfile raises all three; TypeError is for headerless .raw
@@ -164,9 +167,9 @@ def _decoded_wav(path: str) -> _Decoded:
         with warnings.catch_warnings():  # about chunks beside the samples
             warnings.simplefilter("ignore", wavfile.WavFileWarning)
             rate, values = wavfile.read(path)
-    except ValueError as error:
+    except (ValueError, ZeroDivisionError, struct.error) as error:
         raise OSError(str(error)) from error
-    values = values.reshape(len(values), -1)  # (samples, channels)
+    values = values.reshape(len(values), -1 if values.size else 1)  # (samples, channels)
     block = max(1, _BLOCK // values.shape[1])
     blocks = (_as_reals(values[at : at + block]).mean(axis=1) for at in range(0, len(values), block))
     return _Decoded(blocks, int(rate), len(values), len(values))

@@ -95,6 +95,9 @@ def run(command: str, main: Callable[[], int]) -> None:
     except RunFailed as error:
         print(f"{command}: {error}", file=sys.stderr)
         status = 1
+    except MemoryError as error:
+        print(f"{command}: out of memory ({str(error) or 'of this process'}): take less at once", file=sys.stderr)
+        status = 1
     except KeyboardInterrupt:
         exec("")  # one that broke off an exec, as imports have, marks Python to end by SIGINT, whatever the status is
         print(f"{command}: interrupted", file=sys.stderr)

@@ -139,9 +139,18 @@ def _folder_corpus(folder: Path) -> Corpus:
     layout = recognise(names)
     utterances: list[Utterance] = []
     skipped: list[str] = []
+    files: dict[str, str] = {}  # each file's name, or its first: that of no link if there is one
+    for name in sorted(names, key=lambda name: (os.path.islink(root / name), name)):
+        files.setdefault(os.path.realpath(root / name), name)
     for name in names:
         path = str(root / name)
-        if layout:
+        first = files[os.path.realpath(path)]
+        twin = layout.twin(name) if layout else None
+        if first != name:
+            skipped.append(f"{name}: the same file as {first}")
+        elif twin in names:
+            skipped.append(f"{name}: the same performance as {twin}")
+        elif layout:
             parsed = layout.parse(name)
             if parsed:
                 utterances.append(Utterance(path, name, parsed.speaker, parsed.text, parsed.emotion))
@@ -214,6 +223,8 @@ def _corpus(source: str, name: str, utterances: list[Utterance], skipped: list[s
     emotions = {u.emotion for u in utterances}
     if len(emotions) == 1:
         raise UserError(f"{source}: only one emotion ({utterances[0].emotion}); at least two are needed")
+    if strange := [emotion for emotion in sorted(emotions) if not emotion.isprintable()]:
+        raise UserError(f"{source}: the emotion {strange[0]!r} is no name that can be printed: rename it")
     name = "demo-folder" if name == "demo" else name  # "demo" is the built-in corpus
     return Corpus(name, _label_order(emotions), tuple(utterances), tuple(skipped), _read_utterance)
 
@@ -231,7 +242,8 @@ def audio_names(root: Path) -> Iterator[str]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        shown = (name for name in folders if not name.startswith("."))
+        folders[:] = sorted(shown, key=lambda name: (os.path.islink(os.path.join(parent, name)), name))
         for name in files:
             if not name.startswith(".") and name.lower().endswith(AUDIO_SUFFIXES):
                 yield (Path(parent) / name).relative_to(root).as_posix()

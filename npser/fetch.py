@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import http.client
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from npser.errors import RunFailed, UserError
+from npser.lock import alone
 
 EMODB_URL = "http://emodb.bilderbar.info/download/download.zip"  # $NPSER_EMODB_URL names a mirror
 LISTENERS = "erkennung.txt"  # how well human listeners recognised each recording; taken along if it is there
@@ -45,16 +47,22 @@ def fetch_emodb(folder: Path, url: str | None = None, manifest: Mapping[str, str
     url: where from (default: $NPSER_EMODB_URL, else the authors' server); manifest: what must be in it.
     """
     url = url or os.environ.get("NPSER_EMODB_URL") or EMODB_URL
-    if not url.startswith(("http://", "https://")):
-        raise UserError(f"NPSER_EMODB_URL {url}: not an address that begins with http:// or https://")
+    if not re.fullmatch(r"https?://[!-Z\\^-~]+", url):
+        raise UserError(
+            f"NPSER_EMODB_URL {url}: not an address that begins with http:// or https:// and holds neither spaces nor "
+            "letters beyond ASCII"
+        )
     archive = folder.with_name(f"{folder.name}.zip")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        if not archive.exists():
-            part = archive.with_name(f"{archive.name}.part")
-            download(url, part)
-            os.replace(part, archive)
-        unpack(archive, folder, emodb_manifest() if manifest is None else manifest, url)
+        with alone(folder.parent, f"another program is fetching {folder}: waiting for it"):
+            if folder.exists():
+                return
+            if not archive.exists():
+                part = archive.with_name(f"{archive.name}.part")
+                download(url, part)
+                os.replace(part, archive)
+            unpack(archive, folder, emodb_manifest() if manifest is None else manifest, url)
     except OSError as error:
         raise RunFailed(f"{folder}: cannot be written ({error.strerror or error})") from error
     print(f"EMO-DB is in {folder}", file=sys.stderr)

@@ -1,8 +1,8 @@
 """From a corpus to the frames of all its utterances: read, transformed in parallel, and kept for the next start.
 
 The cache lies in the user's cache folder, under a name that hashes whatever the frames depend on: the settings of
-`npser.features`, the versions of the packages that compute, and the size and time of every audio file (for the built-in
-corpus: the synthesiser itself). Nothing has to be deleted by hand when one of them changes.
+`npser.features`, the code and the versions of the packages that compute, and the size and time of every audio file (for
+the built-in corpus: the synthesiser itself). Nothing has to be deleted by hand when one of them changes.
 """
 
 import contextlib
@@ -68,7 +68,11 @@ def _at_speed(samples: NDArray[np.float32], speed: float) -> NDArray[np.float32]
 
 def _fingerprint(corpus: Corpus, backend: str, speed: float) -> str:
     inputs: list[object] = [features.FRAME, features.HOP, features.BINS, features.FLOOR, SAMPLE_RATE, speed]
-    inputs += [backend, np.__version__, scipy.__version__]
+    inputs += [backend, np.__version__, scipy.__version__, _decoder()]
+    here, kernel = Path(__file__).parent, Path(kernels.__file__).parent
+    sources = [Path(__file__), here / "audio.py", here / "features.py"]
+    sources += [kernel / "reference.py", kernel / "cpu" / "stft.py"]
+    inputs += [hashlib.sha256(source.read_bytes()).hexdigest() for source in sources]
     if corpus.name == "demo":
         inputs.append(hashlib.sha256(Path(synthetic.__file__).read_bytes()).hexdigest())
         inputs.append([u.name for u in corpus.utterances])
@@ -79,6 +83,15 @@ def _fingerprint(corpus: Corpus, backend: str, speed: float) -> str:
                 status = os.stat(utterance.path)
                 inputs.append([status.st_size, status.st_mtime_ns])
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:32]
+
+
+def _decoder() -> str:
+    """What decodes audio files."""
+    try:
+        import soundfile
+    except ImportError:
+        return "scipy"
+    return f"{soundfile.__version__} {soundfile.__libsndfile_version__}"
 
 
 def _shown(work: Iterator[NDArray[np.float32]], total: int) -> Iterator[NDArray[np.float32]]:

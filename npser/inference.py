@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from kernels import host
 from kernels.reference import Array
 from npser.layers import LSTM, Layer, Sequential, TimeDistributed
-from npser.models import WINDOW_HOP, WINDOWS, Model
+from npser.models import Model
 
 TOGETHER = 256  # windows whose features are in memory at once: 34 MB at the paper's sizes
 ROW = 4  # frames in a row of the map behind both poolings
@@ -100,10 +100,9 @@ def _tdcnn(model: Model, group: Sequence[Recording]) -> Array:
     length = model.settings["bins"]
     x, places, before = [], [], 0
     for frames, starts in group:
-        windows = starts[:, None] + WINDOW_HOP * np.arange(WINDOWS)
-        distinct, place = np.unique(windows, return_inverse=True)
+        distinct, place = model.distinct_windows(starts)
         x.append(_features(blocks.layer, frames, distinct, length))
-        places.append(place.reshape(windows.shape) + before)
+        places.append(place + before)
         before += len(distinct)
     z = first.project(_stacked(x))
     return Sequential(rest).infer(first.recur(z[np.concatenate(places)]))

@@ -7,8 +7,6 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import soundfile
-
 from npser.audio import as_bytes, open_recording
 from npser.cli import Parser, count
 from npser.corpus import Corpus, open_corpus
@@ -94,6 +92,10 @@ def _counts(corpus: Corpus) -> Table:
 
 def _durations(corpus: Corpus) -> str:
     """How long the recordings are, by what their headers say."""
+    try:
+        import soundfile
+    except ImportError:
+        return "durations unknown: the package soundfile is missing"
     seconds: list[float] = []
     rates: Counter[int] = Counter()
     unreadable = 0

@@ -36,6 +36,13 @@ class Layout:
         """What a file that follows the convention has, for messages."""
         return f"{'an' if self.title[0] in 'AEIOU' else 'a'} {self.title} file name"
 
+    def twin(self, name: str) -> str | None:
+        """The file of the same performance, where a corpus has it twice: RAVDESS has it with video and without."""
+        folder, _, file = name.rpartition("/")
+        if self.name != "ravdess" or not file.startswith("01-"):
+            return None
+        return f"{folder}/03-{file[3:]}".lstrip("/")
+
     def parse(self, name: str) -> Parsed | None:
         """What the relative name `name` ("/" between folders) tells; None where it does not follow the convention."""
         match = self.pattern.search(name)

@@ -29,6 +29,28 @@ _fcntl: Any = import_module("fcntl") if os.name == "posix" else None  # elsewher
 _PATIENCE = 60.0  # seconds that the tables are waited for: whoever holds them writes two small files
 
 
+@contextmanager
+def alone(folder: Path, waiting: str) -> Iterator[None]:
+    """Within, no other process holds the folder's lock; `waiting` is said where one does, and its end is waited for.
+
+    Where the system or the file system knows no locks, nobody waits.
+    """
+    if _fcntl is None:
+        yield
+        return
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            _fcntl.flock(opened, _fcntl.LOCK_EX | _fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                print(waiting, file=sys.stderr, flush=True)
+                _fcntl.flock(opened, _fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(opened)
+
+
 class Lock:
     """The locks of this process in one folder, until it is garbage or the process ends. One for a folder at a time."""
 

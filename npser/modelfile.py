@@ -103,6 +103,8 @@ def _model(archive: zipfile.ZipFile, backend: str) -> "Model":
     """The model in the archive; any exception of DAMAGE where it is not one."""
     from npser.models import blank_model
 
+    if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+        raise ValueError("its members are compressed")
     about = json.loads(str(_array(archive, "about")))
     if about["format"] not in (1, FORMAT):
         raise ValueError(f"its format is {about['format']}, this program reads 1 to {FORMAT}")
@@ -129,8 +131,18 @@ def _model(archive: zipfile.ZipFile, backend: str) -> "Model":
     if "scale/mean.npy" in members:
         model.scale = _scale(archive, settings["bins"])
     model.labels, model.training = tuple(labels), dict(about["training"])
-    model.cross_validation = about.get("cross_validation")
+    model.cross_validation = _checked_score(about.get("cross_validation"))
     return model
+
+
+def _checked_score(summary: Any) -> dict[str, Any] | None:
+    if summary is None:
+        return None
+    if not isinstance(summary, dict) or not isinstance(summary.get("folds"), int):
+        raise ValueError("its cross-validation score is none")
+    if not isinstance(summary.get("uar"), float) or not math.isfinite(summary["uar"]):
+        raise ValueError("its cross-validation score is not a number")
+    return summary
 
 
 def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
@@ -176,6 +188,6 @@ def _scale(archive: zipfile.ZipFile, bins: int) -> Standardisation:
 
 def score_of(summary: Mapping[str, float] | None) -> str:
     """The cross-validation score of a model in words, for people."""
-    if not summary or not math.isfinite(summary.get("uar", math.nan)):
+    if not summary:
         return "no cross-validation score"
     return f"UAR {100 * summary['uar']:.2f} % in cross-validation ({summary['folds']} folds)"

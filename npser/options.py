@@ -177,6 +177,9 @@ def _default(field: str) -> str:
 def read(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options given. UserError where they contradict each other."""
     options = parser().parse_args(arguments)
+    for name, given in (("--data", options.data), ("--test-data", options.test_data)):
+        if given is not None and not given.strip():
+            raise UserError(f"{name}: is empty: name a corpus")
     if (options.share_windows or 1) > 1 and options.arch != "tdcnn":
         raise UserError(
             f"--share-windows {options.share_windows}: a sample of {options.arch} has one window: leave it out"
@@ -186,8 +189,9 @@ def read(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name, given in (("--score-from", options.score_from), ("--storage float16", options.storage == "float16")):
         if given and options.cv != "none":
             raise UserError(f"{name}: a cross-validation has no single model to save: add --cv none")
-    if options.only and options.cv == "none":
-        raise UserError("--only: there are no folds with --cv none")
+    for name in ("only", "folds", "repeats"):
+        if options.cv == "none" and getattr(options, name):
+            raise UserError(f"--{name}: there are no folds with --cv none")
     if options.test_data and options.cv not in (None, "split"):
         raise UserError(f"--test-data: what is tested on is given, so --cv {options.cv} cannot be: leave it away")
     options.cv = options.cv or ("split" if options.test_data else "stratified")

@@ -34,6 +34,7 @@ _STYLE: Any = {
     "svg.fonttype": "path",
     "svg.hashsalt": "npser",
     "legend.frameon": False,
+    "text.parse_math": False,  # a name may hold two dollar signs
 }
 
 

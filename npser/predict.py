@@ -159,7 +159,8 @@ class JSONLines:
     def _print(self, name: str, p: "NDArray[np.float64]", **where: float) -> None:
         probabilities = {label: round(float(value), 6) for label, value in zip(self.labels, p, strict=True)}
         content = {"file": name, **where, "label": self.labels[int(p.argmax())], "probabilities": probabilities}
-        print(json.dumps(content, ensure_ascii=False), file=self.out, flush=True)
+        as_it_is = (getattr(self.out, "encoding", None) or "utf-8").lower() in ("utf-8", "utf8")
+        print(json.dumps(content, ensure_ascii=not as_it_is), file=self.out, flush=True)
 
     def window(self, name: str, segment: Segment) -> None:
         self._print(name, segment.p, start=round(segment.start, 3), end=round(segment.end, 3))
@@ -270,6 +271,8 @@ class Live:
 
 def segments(model: "Model", source: Input, hop: int, live: Live | None = None) -> Iterator[tuple[float, Segment]]:
     """The windows of a recording, in order, each with the recording's length in seconds; live shows how far it is."""
+    import numpy as np
+
     import kernels
     from npser.audio import SAMPLE_RATE, open_recording
     from npser.features import FRAME, HOP, transforming
@@ -280,6 +283,8 @@ def segments(model: "Model", source: Input, hop: int, live: Live | None = None) 
         blocks = frame_blocks(kernels.rung(transforming(model.backend)), recording.samples())
         number = 0
         for piece in score(model, blocks, hop):
+            if not np.isfinite(piece).all():
+                raise UserError(f"{source.path}: the model's probabilities are not finite: a parameter is too large")
             for p in piece:
                 start = number * hop * HOP
                 end = start + (model.input_frames - 1) * HOP + FRAME
@@ -373,7 +378,7 @@ def _predict(options: argparse.Namespace, threads: int) -> int:
         extra = {"width": _name_width(inputs)} if form is Table else {}
         writer = form(model.labels, options.timeline, sys.stdout, **extra)
         if options.verbose:
-            print(describe(model, options.model, hop, threads), file=sys.stderr)
+            print(printable(describe(model, options.model, hop, threads)), file=sys.stderr)
         started = time.monotonic()
         tally = label_all(model, inputs, hop, writer, options.timeline)
     if options.verbose:
@@ -395,7 +400,7 @@ def _name_width(inputs: Sequence[Input | UserError]) -> int:
 
 def _trained_hop(model: "Model", path: Path) -> int:
     hop = model.training.get("segment_hop")
-    if not isinstance(hop, int) or hop < 1:
+    if not isinstance(hop, int) or not 1 <= hop <= 1 << 20:
         raise UserError(f"{path}: does not say how far apart its windows lay in training: add --segment-hop N")
     return hop
 

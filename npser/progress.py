@@ -87,12 +87,15 @@ class Progress:
         self.say(self._line(result.epoch, epochs, speed, result.loss, result.accuracy))
 
     def _left(self, steps: int) -> float:
-        """Seconds that so many steps will take."""
-        return steps * self.seconds / self.measured if self.measured else 0.0
+        """Seconds that so many steps will take, by those that were measured."""
+        return steps * self.seconds / self.measured
 
     def _line(self, epoch: int, epochs: int, speed: float, loss: float, accuracy: float) -> str:
-        fold, run = self._left(self._fold_end - self.done), self._left(self.total - self.done)
-        return (
+        said = (
             f"{self.title}  epoch {epoch}/{epochs}  loss {loss:.4f}  training accuracy {100 * accuracy:5.1f} %  "
-            f"{speed:5.0f} windows/s  left: fold {duration(fold)}, run {duration(run)}"
+            f"{speed:5.0f} windows/s"
         )
+        if not self.measured:
+            return said
+        fold, run = self._left(self._fold_end - self.done), self._left(self.total - self.done)
+        return f"{said}  left: fold {duration(fold)}, run {duration(run)}"

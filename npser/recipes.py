@@ -13,7 +13,7 @@ from npser.errors import UserError
 
 NAMES = ("paper", "best")
 OPTIONS = ("epochs", "segment_hop", "batch_size")  # fields that have a place of their own in config.json
-_COUNTS = (*OPTIONS, "average_last", "share_windows")
+_COUNTS = (*OPTIONS, "average_last")
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,10 @@ class Recipe:
             **{name: (getattr(self, name) >= 1, "1 or more is wanted") for name in _COUNTS},
             "standardisation": (self.standardisation in ("bin", "global"), "bin or global is wanted"),
             "clip_norm": (self.clip_norm is None or 0 < self.clip_norm < inf, "None or a length above 0 is wanted"),
+            "share_windows": (
+                self.share_windows == 1 or (self.share_windows > 1 and not self.moving),
+                "1 is wanted, as windows that move have nothing in common, or a recipe without moving windows",
+            ),
             "final_rate": (0 < self.final_rate <= 1, "a share above 0, at most 1, is wanted"),
             "speeds": (all(0.25 <= speed <= 4 for speed in self.speeds), "speeds from 0.25 to 4 are wanted"),
         }

@@ -37,6 +37,8 @@ def score(
     piece: how many windows are scored at once.
     """
     scale, length = standardisation(model), model.input_frames
+    if model.settings["bins"] != BINS:
+        raise UserError(f"the model reads spectra of {model.settings['bins']} bins, recordings give {BINS}")
     piece = piece or max(PIECE // hop, 1)
     needed = length + (piece - 1) * hop  # frames that `piece` windows span
     held = np.empty((0, BINS), np.float32)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from npser.audio import SAMPLE_RATE
+from npser.audio import SAMPLE_RATE, as_bytes
 from npser.cli import Parser, run
 from npser.corpus import PAPER_LABELS, Corpus, Utterance
 from npser.errors import UserError
@@ -266,7 +266,7 @@ def write_corpus(folder: Path) -> int:
         for utterance in corpus.utterances:
             path = folder / utterance.emotion / utterance.name
             path.parent.mkdir(parents=True, exist_ok=True)
-            soundfile.write(path, corpus.read(utterance), SAMPLE_RATE, subtype="PCM_16")
+            soundfile.write(as_bytes(str(path)), corpus.read(utterance), SAMPLE_RATE, subtype="PCM_16")
     except (OSError, RuntimeError) as error:  # soundfile raises the latter, with the path in its message
         raise UserError(f"{folder}: cannot write the corpus there ({error}); name another folder") from error
     return len(corpus.utterances)

@@ -158,6 +158,7 @@ def _cross_validate(options: argparse.Namespace, corpus: "Corpus", config: dict[
     if waiting and (options.dask or (options.workers > 1 and len(waiting) > 1)):
         _in_processes(options, folder, waiting, about | {"workers": options.dask or options.workers})
     else:
+        about["threads"] = set_threads(config["threads"] * options.workers, config["backend"])  # nobody to share with
         for fold in waiting:
             progress.begin_fold(f"fold {fold.name}", steps[fold.name])
             run_fold(corpus, spoken, fold, settings, folder, progress, options.checkpoint, about)
@@ -203,7 +204,7 @@ def _open_folder(options: argparse.Namespace, config: dict[str, Any]) -> "RunFol
 
     recipe = "" if config["recipe"] == "paper" else f"-{config['recipe']}"
     out = options.out or Path("runs") / f"{config['arch']}-{config['corpus']}{recipe}-s{config['seed']}"
-    if options.cv == "none" and not options.out and (out / "predictions.csv").exists():
+    if options.cv == "none" and not options.out:
         out = out.with_name(f"{out.name}-all")  # the cross-validation of the same network lies in the usual place
     return RunFolder.open_or_create(out, config, MAY_CHANGE, options.only)
 
@@ -246,6 +247,10 @@ def _fit_everything(options: argparse.Namespace, corpus: "Corpus", config: dict[
     path = options.save or folder.path / "model.npz"
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise UserError(f"--save {path}: the folder {path.parent} is not there or cannot be written to")
+    if path.exists() and not path.is_file():
+        raise UserError(f"--save {path}: is there, and is no file: name another")
+    if len(os.fsencode(path.name)) > 200:  # with what is added to it until the file is whole
+        raise UserError(f"--save {path}: too long a name: use at most 200 bytes")
     settings = settings_of(config)
     spoken = read_versions(corpus, config["backend"], config["threads"], settings.recipe.speeds)
     frames = spoken[0]

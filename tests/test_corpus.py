@@ -536,3 +536,27 @@ def test_wav_files_are_the_same_without_soundfile(subtype, tmp_path, monkeypatch
 def test_training_does_without_soundfile():
     program = "import sys; sys.modules['soundfile'] = None; import npser.crossval, npser.frontend, npser.predict"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
+
+
+def test_a_file_under_two_names_is_one_recording(place, tmp_path):
+    for n in range(3):
+        place(f"c/zorn/{n}.wav"), place(f"c/freude/{n}.wav")
+    (tmp_path / "c" / "freude" / "again.wav").symlink_to(tmp_path / "c" / "zorn" / "0.wav")
+    (tmp_path / "c" / "anger").symlink_to(tmp_path / "c" / "zorn")
+    corpus = open_corpus(str(tmp_path / "c"))
+    assert corpus.labels == ("freude", "zorn")  # and not the link that sorts before it
+    assert len(corpus.utterances) == 6
+    assert corpus.skipped == ("freude/again.wav: the same file as zorn/0.wav",)
+
+
+def test_ravdess_with_video_is_the_same_performance(place, tmp_path):
+    for name in ("03-01-03-01-01-01-12", "01-01-03-01-01-01-12", "01-01-05-01-01-01-12"):
+        place(f"r/{name}.wav")
+    corpus = open_corpus(str(tmp_path / "r"))
+    assert [u.name for u in corpus.utterances] == ["01-01-05-01-01-01-12.wav", "03-01-03-01-01-01-12.wav"]
+    assert corpus.skipped == ("01-01-03-01-01-01-12.wav: the same performance as 03-01-03-01-01-01-12.wav",)
+
+
+def test_an_emotion_that_cannot_be_printed_is_refused(place, tmp_path):
+    place("c/an\u00a0ger/a.wav"), place("c/happy/a.wav")
+    assert "no name that can be printed" in refusal(open_corpus, str(tmp_path / "c"))

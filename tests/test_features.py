@@ -5,7 +5,7 @@ import pytest
 import soundfile
 
 import kernels
-from npser import features
+from npser import features, frontend
 from npser.corpus import open_corpus
 from npser.errors import UserError
 from npser.features import LOG_FLOOR, Standardisation, WindowSet, log_magnitude, window_count
@@ -96,6 +96,13 @@ def test_a_touched_file_and_a_damaged_cache_are_read_anew(tmp_path, cache):
     after = read_frames(open_corpus(str(tmp_path / "c")), "cpu")
     assert len(after[0]) > len(before[0])
     np.testing.assert_array_equal(after[1], before[1])
+
+
+def test_what_another_decoder_reads_is_read_anew(tones, cache, monkeypatch):
+    read_frames(open_corpus(str(tones)), "cpu")
+    monkeypatch.setattr(frontend, "_decoder", lambda: "another")
+    read_frames(open_corpus(str(tones)), "cpu")
+    assert len(list(cache.iterdir())) == 2
 
 
 def test_an_unwritable_cache_is_done_without(tones, tmp_path, monkeypatch):

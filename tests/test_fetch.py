@@ -3,11 +3,15 @@
 import hashlib
 import http.server
 import io
+import json
+import os
+import subprocess
+import sys
 import threading
 import zipfile
 
 import pytest
-from conftest import run_module
+from conftest import ROOT, run_module
 
 from npser import fetch
 from npser.errors import RunFailed, UserError
@@ -202,8 +206,24 @@ def test_server_errors(server, tmp_path):
     with pytest.raises(RunFailed, match="the server answers 404 Not Found; or fetch EMO-DB yourself"):
         fetch_emodb(tmp_path / "other", server.url, MANIFEST)
     assert len(server.requests) == 4
-    with pytest.raises(UserError, match="http"):
-        fetch_emodb(tmp_path / "other", "ftp://example.org/x.zip", MANIFEST)
+    for url in ("ftp://example.org/x.zip", "http://[x/", "http://example.org/ü.zip", "http://example.org/a b.zip"):
+        with pytest.raises(UserError, match="not an address"):
+            fetch_emodb(tmp_path / "other", url, MANIFEST)
+
+
+def test_two_programs_that_fetch_at_once_fetch_once(server, tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from npser.fetch import fetch_emodb; import json;"
+        "fetch_emodb(Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "emodb"), server.url, json.dumps(MANIFEST)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    started = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [process.communicate(timeout=60)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0], said
+    assert len(server.requests) == 1
+    assert contents(tmp_path / "emodb") == FILES
+    assert leftovers(tmp_path / "emodb") == []
 
 
 def test_no_server(tmp_path):

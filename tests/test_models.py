@@ -282,6 +282,19 @@ def test_garbage(tmp_path, contents):
     assert "not a model file" in refusal(path)
 
 
+@pytest.mark.parametrize("summary", [[1], {"uar": "x", "folds": 2}, {"uar": 0.5}, {"uar": float("nan"), "folds": 2}])
+def test_a_score_that_is_none(saved, tmp_path, summary):
+    assert "cross-validation score" in refusal(
+        altered(saved, tmp_path / "m.npz", about=about(saved, cross_validation=summary))
+    )
+
+
+def test_compressed_members(saved, tmp_path):
+    with np.load(saved[0]) as file:
+        np.savez_compressed(tmp_path / "m.npz", **file)
+    assert "compressed" in refusal(tmp_path / "m.npz")
+
+
 def test_other_files(tmp_path):
     refusal(tmp_path)  # a folder
     np.save(tmp_path / "array.npy", np.zeros(3))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kernels import cpu, reference
+from kernels import cpu, host, reference
 from npser.models import ARCHITECTURES, build_model
 from npser.optim import SGD
 
@@ -97,3 +97,8 @@ def test_not_a_number_is_neither_hidden_nor_learned(arch):
     p = model.predict_proba(x)
     assert np.isnan(p[2]).all()
     assert np.isfinite(p[[0, 1, 3]]).all()
+
+
+def test_clipping_survives_gradients_whose_squares_overflow():
+    (short,) = host.shortened([np.full(4, 3e19, np.float32)], 1.0)
+    np.testing.assert_allclose(short, 0.5)

@@ -174,3 +174,12 @@ def test_markdown_output(tmp_path, capsys):
     main([str(run), "--markdown"])
     assert capsys.readouterr().out == (run / "report.md").read_text()
     assert report.percent(0.5) == "50.00"
+
+
+def test_names_with_dollar_signs_are_no_formulas(tmp_path):
+    pytest.importorskip("matplotlib", reason="the figures need matplotlib: pip install 'npser[plot]'")
+    labels = ("$a^$", "anger")
+    folds = [make_fold(0, f, [0, 1, 1, 1], labels=labels) for f in (0, 1)]
+    path = run_folder(tmp_path / "run", folds, labels=list(labels))
+    assert main([str(path), "--plots"]) == 0
+    assert (path / "plots" / "confusion.png").stat().st_size

@@ -253,3 +253,22 @@ def test_memory_does_not_grow_with_the_recording(model_file, tmp_path):
 
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # counted on this system
     assert peak(20) - peak(3) < 30e6
+
+
+def test_json_where_the_terminal_is_not_utf8(model_file, folder, tmp_path):
+    path = tmp_path / "grüße_😀.wav"
+    path.write_bytes(next(folder.rglob("*.wav")).read_bytes())
+    result = run_module("npser.predict", model_file, path, "--json", env={"PYTHONIOENCODING": "ascii"})
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["file"] == str(path)
+
+
+def test_a_model_whose_probabilities_overflow_is_one_line(model, folder, tmp_path):
+    huge = build_model("lstm", hidden=8, classes=3, seed=4)
+    huge.labels, huge.training = model.labels, model.training
+    huge.scale = Standardisation(model.scale.mean, np.full(128, 1e-44, np.float32))
+    huge.save(tmp_path / "huge.npz")
+    result = run_module("npser.predict", tmp_path / "huge.npz", next(folder.rglob("*.wav")))
+    assert result.returncode == 2
+    assert "not finite" in result.stderr
+    assert result.stdout == ""

@@ -7,6 +7,10 @@ import sys
 import pytest
 from conftest import ROOT
 
+from kernels import Unavailable
+from kernels.cache import cache_folder
+from npser import cli
+
 STEP = """
 import numpy as np
 from npser.models import build_model
@@ -140,3 +144,35 @@ def test_a_read_only_installation_without_a_home(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout == "(6, 3)\n"
     assert list((tmp_path / "temporary").rglob("*.nbi"))
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="folders have no owners here")
+def test_kernels_are_loaded_from_no_folder_that_others_can_write(tmp_path, monkeypatch):
+    """The temporary folder is everybody's, and compiled code is run."""
+    usual = tmp_path / "blocked"
+    usual.write_text("a file, so that no folder can be made in it")
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(usual))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    made = cache_folder([])
+    ours = made.parent
+    assert ours.parent == tmp_path
+    assert ours.stat().st_mode & 0o077 == 0
+    ours.chmod(0o777)
+    with pytest.raises(Unavailable, match="NUMBA_CACHE_DIR"):
+        cache_folder([])
+    ours.rename(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").chmod(0o700)
+    ours.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(Unavailable):
+        cache_folder([])
+
+
+def test_memory_that_ends_is_one_line(capsys):
+    def main():
+        raise MemoryError("Unable to allocate 3 TiB")
+
+    with pytest.raises(SystemExit) as end:
+        cli.run("npser.train", main)
+    assert end.value.code == 1
+    assert capsys.readouterr().err == "npser.train: out of memory (Unable to allocate 3 TiB): take less at once\n"

@@ -25,7 +25,8 @@ from npser.packed import pack
 from npser.runfolder import RunFolder
 
 # The lstm is the fastest of the three networks; a hop of 40 frames leaves one or two windows per tone.
-SHORT = ("--arch", "lstm", "--folds", "2", "--repeats", "1", "--epochs", "3", "--segment-hop", "40")
+WHOLE = ("--arch", "lstm", "--epochs", "3", "--segment-hop", "40")
+SHORT = (*WHOLE, "--folds", "2", "--repeats", "1")
 
 
 def numbers(fold_file: Path) -> dict:
@@ -82,7 +83,7 @@ def test_output_says_what_is_run_and_how_it_went(finished):
     assert "\r" not in log
     assert "\x1b" not in log
     epochs = re.findall(
-        r"fold 0\.[01]  epoch [123]/3  loss \d+\.\d+  training accuracy .* %  +\d+ windows/s  left: fold .*, run ",
+        r"fold 0\.[01]  epoch [123]/3  loss \d+\.\d+  training accuracy .* %  +\d+ windows/s",
         log,
     )
     assert len(epochs) == 6
@@ -168,11 +169,18 @@ def test_global_random_state_changes_nothing(finished, tones, tmp_path):
     assert numbers(tmp_path / "folds" / "r0f0.json") == numbers(finished / "folds" / "r0f0.json")
 
 
-def test_divergence_stops_with_a_message_and_writes_no_result(tones, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "SGD", lambda **_: SGD(lr=1e30))
-    with pytest.raises(RunFailed, match=r"fold 0\.0: the training diverged: the loss is (nan|inf)"):
-        train.main([*SHORT, "--data", str(tones), "--out", str(tmp_path)])
-    assert not list((tmp_path / "folds").glob("r*f*.json"))
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--batch-size", "4"), "the loss is (nan|inf)"),
+        (("--batch-size", "999", "--epochs", "1"), "a parameter is not finite after epoch 1"),  # one update, the last
+    ],
+)
+def test_divergence_stops_with_a_message_and_writes_no_result(tones, tmp_path, monkeypatch, options, said):
+    monkeypatch.setattr(trainer, "SGD", lambda **_: SGD(lr=float("inf")))
+    with pytest.raises(RunFailed, match=rf"fold 0\.0: the training diverged: {said}"):
+        train.main([*SHORT, *options, "--data", str(tones), "--out", str(tmp_path)])
+    assert not list((tmp_path / "folds").glob("r*f*.*"))
 
 
 def test_fit_everything_and_load_the_model(tones, tmp_path):
@@ -243,12 +251,18 @@ def test_wrong_option_is_named_with_status_2(arguments, wanted, capsys):
         (("--only", "1.0"), "--only 1.0"),
         (("--folds", "7"), "sadness has only 6"),
         (("--cv", "speaker"), "--cv speaker"),
+        (("--cv", "none"), "--folds: there are no folds"),
         (("--cv", "none", "--save", "/nowhere/m.npz"), "/nowhere"),
+        (("--cv", "none", "--save", "/"), "no file"),
+        (("--cv", "none", "--save", "m" * 240), "too long a name"),
+        (("--test-data", ""), "--test-data: is empty"),
+        (("--arch", "tdcnn", "--recipe", "best", "--share-windows", "2"), "share_windows is 2"),
     ],
 )
 def test_bad_use_is_one_line_and_leaves_no_result(arguments, wanted, tones, tmp_path):
+    usual = WHOLE if arguments[1:3] == ("none", "--save") else SHORT
     with pytest.raises(UserError) as error:
-        train.main([*SHORT, "--data", str(tones), "--out", str(tmp_path / "out"), *arguments])
+        train.main([*usual, "--data", str(tones), "--out", str(tmp_path / "out"), *arguments])
     assert wanted in str(error.value)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.rglob("*.csv"))
@@ -337,7 +351,7 @@ def test_a_split_needs_one_that_is_given(tones, tmp_path):
 
 
 def test_model_with_the_score_of_its_cross_validation_stored_as_float16(finished, tones, tmp_path):
-    options = [o for o in SHORT if o not in ("--folds", "2", "--repeats", "1")]
+    options = list(WHOLE)
     options += ["--data", tones, "--cv", "none", "--out", tmp_path / "out", "--save", tmp_path / "m.npz"]
     result = run_module("npser.train", *options, "--score-from", finished, "--storage", "float16")
     assert result.returncode == 0, result.stderr
@@ -379,7 +393,10 @@ def test_the_score_of_another_training_is_refused(finished, tones, tmp_path):
     base = ["--arch", "lstm", "--data", str(tones), "--cv", "none", "--out", str(tmp_path / "o"), "--epochs", "3"]
     for options, said in [
         (["--segment-hop", "8", "--score-from", str(finished)], "its segment_hop are not"),
-        (["--segment-hop", "40", "--data", str(other), "--score-from", str(finished)], "its utterances, labels are"),
+        (
+            ["--segment-hop", "40", "--data", str(other), "--score-from", str(finished)],
+            "its utterances, audio, labels are",
+        ),
         (["--segment-hop", "40", "--score-from", str(tmp_path)], "not a run folder"),
         (["--cv", "stratified", "--storage", "float16"], "no single model"),
     ]:

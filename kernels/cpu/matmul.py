@@ -41,7 +41,6 @@ FEW_DEPTH = 8  # rows of b that at most meet a few rows of a at once
 APART = 2 * LANES  # floats between rows that would share cache sets, at a multiple of 4 KB
 FEW_CHUNK = 1024  # columns of b that a task reads of every row
 GROUP = 8 * ROWS  # rows of a task where the rows are those of a layer's weights
-UPDATE_TILES = 8  # tiles of weights below each other that a task updates
 
 
 # --- tiles -------------------------------------------------------------------------------------------------------

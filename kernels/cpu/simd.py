@@ -340,7 +340,7 @@ def _polynomial(x: Vec, coefficients: tuple[float, ...]) -> Vec:
 
 
 def tanh(k: Emitter, x: Vec) -> Vec:
-    """tanh as a quotient of polynomials in x^2, within 4e-7 of the truth everywhere; +-1 beyond |x| = 7.9.
+    """tanh as a quotient of polynomials in x^2, within 4e-7 of the truth everywhere; constant beyond |x| = 7.9.
 
     The coefficients are the minimax fit (degree 13 over 6) that is in common use since Eigen.
     """
