@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from scipy.io import wavfile
 from scipy.signal import firwin, resample_poly
 
+from npser.container import is_cut_off, mp3_samples
 from npser.errors import UserError
 
 SAMPLE_RATE = 16000  # Hz
@@ -28,6 +29,7 @@ AUDIO_SUFFIXES = (
 )
 
 _BLOCK = 1 << 18  # samples of one channel that are decoded at once
+_UNKNOWN = 1 << 62  # samples, at least, of a file that libsndfile knows no length of
 _REACH = 10  # the resampling filter's length on each side, in periods of the lower of the two rates (as in SciPy)
 
 Samples = NDArray[np.float64]
@@ -97,7 +99,7 @@ def _resampled_blocks(path: str) -> Iterator[Samples]:
     try:
         if os.path.getsize(path) == 0:
             raise UserError(f"{path}: empty, it holds no bytes; copy it again")
-        if _header_promises_more(path):
+        if is_cut_off(as_bytes(path)):
             raise UserError(f"{path}: truncated, the header promises more data than the file holds; copy it again")
         with _opened(path) as file:
             # The filter grows with the rate, less what it shares with ours: a damaged one would exhaust memory.
@@ -140,9 +142,27 @@ def _opened(path: str) -> Iterator[_Decoded]:
         yield _decoded_wav(path)
         return
     with soundfile.SoundFile(as_bytes(path)) as file:
-        # The length of an MP3 file without an index is an estimate: a shortage of up to two of its frames is no damage.
-        least = file.frames - (2 * 1152 if file.format in ("MP3", "MPEG") else 0)
+        least = file.frames
+        if file.format in ("MP3", "MPEG"):
+            least = _least_of_mp3(path, file.frames)
+        if file.frames >= _UNKNOWN:
+            raise UserError(f"{path}: does not say how long it is, as a stream does; convert it to WAV")
         yield _Decoded(_blocks(file), file.samplerate, file.frames, least)
+
+
+def _least_of_mp3(path: str, promised: int) -> int:
+    """How many samples there have to be. UserError where there are more than libsndfile is going to give.
+
+    Without an index in the file, the length that libsndfile promises is a guess, and it gives no more than that. A few
+    frames are always the encoder's own, and no damage.
+    """
+    counted, indexed = mp3_samples(as_bytes(path))
+    if counted - promised > 4 * 1152:
+        raise UserError(
+            f"{path}: an MP3 file that does not say how long it is; {promised} of {counted} samples would be read: "
+            "convert it to WAV"
+        )
+    return (promised if indexed or not counted else min(promised, counted)) - 2 * 1152
 
 
 def as_bytes(path: str) -> str | bytes:
@@ -228,20 +248,3 @@ def resampled(blocks: Iterable[Samples], rate: int) -> Iterator[Samples]:
         before = kept
     if held.size:
         yield resample_poly(held, up, down, window=taps)[before * up :]
-
-
-def _header_promises_more(path: str) -> bool:
-    """Whether the sample chunk of a WAV or AIFF file is longer than the file: libsndfile would shorten it silently."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        container = file.read(12)[:4]
-        if container not in (b"RIFF", b"RIFX", b"FORM"):
-            return False
-        order = "<" if container == b"RIFF" else ">"
-        while len(header := file.read(8)) == 8:
-            length = struct.unpack(order + "I", header[4:])[0]
-            if header[:4] in (b"data", b"SSND"):
-                # Programs that write into a pipe cannot know the length and put (nearly) the largest one there.
-                return file.tell() + length > size and length < 0x7FFF0000
-            file.seek(length + length % 2, os.SEEK_CUR)  # chunks start at even offsets
-    return False
