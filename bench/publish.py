@@ -33,11 +33,9 @@ README, RUNS, PICTURES = ROOT / "README.md", ROOT / "bench/results/runs", ROOT /
 BEGIN = "<!-- results: written by python -m bench.publish -->"
 END = "<!-- end of results -->"
 DRAWN = ("confusion", "curves")
-_WITHOUT_OPTION = {f.name for f in fields(Recipe)} - {
-    *OPTIONS,
-    "share_windows",
-}  # what only another recipe could change
 ARCHITECTURES = ("cnn", "lstm", "tdcnn")
+# Fields that only another recipe can change.
+_WITHOUT_OPTION = {field.name for field in fields(Recipe)} - {*OPTIONS, "share_windows"}
 
 Published = dict[str, tuple[Mapping[str, Any], list[FoldResult]]]  # name -> configuration, folds
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -54,9 +55,10 @@ def audio_sha256(corpus: "Corpus") -> str:
     """What these utterances sound like: the bytes of their files, or, of the built-in corpus, what makes them."""
     digest = hashlib.sha256()
     for path in [u.path for u in corpus.utterances if u.path] or [synthetic.__file__]:
-        with contextlib.suppress(OSError), open(as_bytes(path), "rb") as file:  # reading it as audio says what is wrong
-            while block := file.read(1 << 20):
-                digest.update(block)
+        if os.path.isfile(path):  # a pipe would be waited for; reading it as audio says what is wrong
+            with contextlib.suppress(OSError), open(as_bytes(path), "rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
         digest.update(b"end of file")
     return digest.hexdigest()
 

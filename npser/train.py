@@ -153,6 +153,10 @@ def _cross_validate(options: argparse.Namespace, corpus: "Corpus", config: dict[
     progress = Progress(total)
     if waiting:
         _warn_of_compilation(config["backend"], progress)
+    for fold in waiting:
+        if unheard := set(corpus.targets[fold.test]) - set(corpus.targets[fold.train]):
+            labels = ", ".join(corpus.labels[k] for k in sorted(unheard))
+            progress.say(f"fold {fold.name} tests {printable(labels)}, of which its training utterances have none")
     about = {key: config[key] for key in ("backend", "precision", "threads", "vote", "versions")}
     about["machine"] = machine_of(config)
     if waiting and (options.dask or (options.workers > 1 and len(waiting) > 1)):
@@ -297,15 +301,8 @@ def _measured_score(run: Path, config: dict[str, Any]) -> dict[str, Any]:
     from npser.report import summary_of
 
     folder = open_run(run)
-    same = (
-        "arch",
-        "utterances_sha256",
-        "audio_sha256",
-        "labels",
-        *as_settings(from_settings(config)),
-        "optimiser",
-        "features",
-    )
+    same = ["arch", "utterances_sha256", "audio_sha256", "labels", *as_settings(from_settings(config))]
+    same += ["optimiser", "features"]
     differing = [key.removesuffix("_sha256") for key in same if folder.config.get(key) != config[key]]
     if differing:
         raise UserError(f"--score-from {run}: another training, its {', '.join(differing)} are not those of this one")

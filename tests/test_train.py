@@ -337,6 +337,15 @@ def test_train_on_one_corpus_and_test_on_another(tones, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["corpus"].endswith("-to-other")
 
 
+def test_a_class_that_only_the_speaker_left_out_has_is_named(tmp_path, capsys):
+    names = ("03a01Wa", "03a01Fa", "03a01Na", "08a01Wa", "08a01Fa", "08a01Wb", "08a01Fb")
+    for n, name in enumerate(names):  # only speaker 03 is ever neutral
+        write_tone(tmp_path / "c" / f"{name}.wav", 200 + 50 * n)
+    options = ["--arch", "lstm", "--cv", "speaker", "--repeats", "1", "--epochs", "1", "--segment-hop", "80"]
+    assert train.main([*options, "--data", str(tmp_path / "c"), "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().err.count("tests neutral, of which its training utterances have none") == 1
+
+
 def test_a_split_needs_one_that_is_given(tones, tmp_path):
     other = shutil.copytree(tones, tmp_path / "other")
     for options, said in [
