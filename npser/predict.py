@@ -372,7 +372,9 @@ def _predict(options: argparse.Namespace, threads: int) -> int:
         raise UserError(f"{options.model}: {error}") from None
     hop = options.segment_hop or _trained_hop(model, options.model)
     with ExitStack() as stack:
-        spool = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="npser-"))) / "input"
+        spool = Path("input")  # of standard input, which is read twice
+        if "-" in options.inputs:
+            spool = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="npser-"))) / spool
         inputs = list(find_inputs(options.inputs, spool))
         form: Any = JSONLines if options.json else CSV if options.csv else Table
         extra = {"width": _name_width(inputs)} if form is Table else {}
