@@ -223,10 +223,10 @@ def _speakers(published: Published) -> list[str]:
 
 
 def _order(published: Published) -> list[str]:
-    """The order of the architectures: paired tests of the paper recipe's runs."""
+    """The order of the architectures and recipes: paired tests of each two runs on EMO-DB."""
     from npser.comparison import pairs
 
-    runs = {n: r for n, r in _ordinary(published, "stratified").items() if r[0]["recipe"] == "paper"}
+    runs = {n: r for n, r in _ordinary(published, "stratified").items() if r[0]["corpus"] == "emodb"}
     if len(runs) < 2:
         return []
     blocks = pairs([(Path(n), *r) for n, r in runs.items()], list(runs))
