@@ -19,6 +19,8 @@ How it measures:
 - Every result is compared with `kernels.reference` before anything is timed; a candidate that is wrong is reported
   and not timed, and the exit status is 1. Whole networks are compared at the paper's size: the probabilities of a few
   windows, the losses and the change of every parameter in two training steps of two windows without dropout.
+- Every process keeps the memory that it frees for the next array (`npser.cli.keep_memory`, as the project's commands
+  do): PyTorch's large batches gain by it, too. Peak memory is measured without, but for ours.
 - Each framework is given its best form that we know of: PyTorch its fused SGD beside the plain loop, JAX a max-pooling
   whose backward pass is faster than the customary one and its fastest random generator. Weights stand in its own
   order before the clock runs.

@@ -24,6 +24,7 @@ Exit status: 0 if everything agreed, 1 if something did not or a section failed,
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -133,16 +134,21 @@ def check_operations(precision: str) -> Results:
         truth = getattr(reference, name)(*map(wide, operands), **options)
         pairs = list(zip(_listed(got), _listed(truth), strict=True))
         ours = [None if g is None else arrays.asnumpy(g) for g, _ in pairs]
-        error = 0.0
-        for value, (_, true) in zip(ours, pairs, strict=True):
-            if value is None:
-                continue
-            if value.dtype == np.uint8:  # places of maxima: two nearly equal ones may change places
-                error = max(error, float(np.mean(value != true)))
-            else:
-                error = max(error, float(np.abs(value - true).max() / max(1e-30, np.abs(true).max())))
-        results[f"{name} {title}"] = {"error": error, "agrees": bool(error <= TOLERANCE[precision])}
+        judge(f"{name} {title}", [(v, true) for v, (_, true) in zip(ours, pairs, strict=True) if v is not None])
         return ours
+
+    def judge(name: str, pairs: Sequence[tuple[Any, Any]]) -> None:
+        """Record the largest error of (result, truth); what is not finite is infinitely wrong."""
+        errors = [0.0]
+        for value, true in pairs:
+            if value.dtype == np.uint8:  # places of maxima: two nearly equal ones may change places
+                errors.append(float(np.mean(value != true)))
+            elif not np.isfinite(value).all():
+                errors.append(np.inf)
+            else:
+                errors.append(float(np.abs(value - true).max() / max(1e-30, np.abs(true).max())))
+        results[name] = {"error": max(errors), "agrees": max(errors) <= TOLERANCE[precision]}
+        print(json.dumps(results), flush=True)  # so that what comes next can spoil nothing
 
     for title, (N, I, J) in DENSE.items():
         x, w, b, dy = numbers(N, I), numbers(I, J), numbers(J), numbers(N, J)
@@ -154,10 +160,7 @@ def check_operations(precision: str) -> Results:
         ours, true = [arrays.asarray(w), arrays.asarray(v)], [wide(w), wide(v)]
         k.dense_update_weights(arrays.asarray(x), arrays.asarray(dy), ours[0], ours[1], 0.01, 0.8)
         reference.dense_update_weights(wide(x), wide(dy), true[0], true[1], 0.01, 0.8)
-        error = max(
-            float(np.abs(arrays.asnumpy(a) - t).max() / np.abs(t).max()) for a, t in zip(ours, true, strict=True)
-        )
-        results[f"dense_update_weights {title}"] = {"error": error, "agrees": error <= TOLERANCE[precision]}
+        judge(f"dense_update_weights {title}", list(zip(map(arrays.asnumpy, ours), true, strict=True)))
     for title, (B, T, H) in LSTMS.items():
         z, wh, dh = numbers(B, T, 4 * H), numbers(H, 4 * H) / np.float32(H**0.5), numbers(B, T, H)
         _, c, gates = compare(title, "lstm_forward", z, wh)
@@ -245,6 +248,21 @@ def disagreements(results: Any, path: str = "") -> Iterator[str]:
         yield from disagreements(value, f"{path} / {key}" if path else key)
 
 
+def _last_json(printed: str) -> Results:
+    """The last line that is a whole JSON object: what there was when the section ended, or was ended."""
+    for line in reversed(printed.splitlines()):
+        if line.startswith("{"):
+            with contextlib.suppress(ValueError):
+                found: Results = json.loads(line)
+                return found
+    return {}
+
+
+def _finished(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    """A member of an archive, unless it is a temporary file."""
+    return None if Path(member.name).name.startswith(".") else member
+
+
 class Check:
     """One call of the program: what it was asked, what there is so far."""
 
@@ -265,12 +283,15 @@ class Check:
         """What an earlier call left: results, and the finished folds of cross-validations."""
         found = earlier / "gpu_check.json"
         self.results = json.loads(found.read_text()) if found.exists() else {}
-        for path in earlier.glob("*"):
+        for path in earlier.glob("[!.]*"):
             if path.is_file() and path.resolve().parent != self.out.resolve():
                 shutil.copyfile(path, self.out / path.name)
-        for path in self.out.glob("*.tar.gz"):
-            with tarfile.open(path) as archive:
-                archive.extractall(self.work, filter="data")
+        for path in self.out.glob("[!.]*.tar.gz"):
+            try:
+                with tarfile.open(path) as archive:
+                    archive.extractall(self.work, filter="data")
+            except (tarfile.TarError, EOFError, OSError) as error:
+                print(f"{path}: cannot be read ({error}): its folds are computed again", flush=True)
 
     @property
     def left(self) -> float:
@@ -293,22 +314,29 @@ class Check:
         """(exit status, None when it was ended for the time; standard output). The log has the rest."""
         with (self.out / "log.txt").open("a") as log:
             print("+", shlex.join(command), file=log, flush=True)
-            process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=log, text=True, env=self.environment, cwd=ROOT
-            )
-            try:
-                printed, _ = process.communicate(timeout=max(1.0, limit))
-                status: int | None = process.returncode
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGINT)  # bench ends its workers, and npser.train writes its report
+            output = self.work / "printed.txt"  # no pipe: a grandchild that outlives its parent would hold it open
+            with output.open("w") as printed:
+                process = subprocess.Popen(
+                    command, stdout=printed, stderr=log, env=self.environment, cwd=ROOT, start_new_session=True
+                )
                 try:
-                    printed, _ = process.communicate(timeout=10)
+                    status: int | None = process.wait(timeout=max(1.0, limit))
                 except subprocess.TimeoutExpired:
-                    process.kill()
-                    printed, _ = process.communicate()
-                status = None
-            log.write(printed)
-        return status, printed
+                    self.end_all(process)
+                    status = None
+            text = output.read_text(errors="replace")
+            log.write(text)
+        return status, text
+
+    @staticmethod
+    def end_all(process: "subprocess.Popen[Any]") -> None:
+        """End a process that leads its session, and whatever it has started there."""
+        process.send_signal(signal.SIGINT)  # bench ends its workers, and npser.train writes its report
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=10)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
     def section(self, name: str) -> Results:
         """A section in a process of its own."""
@@ -335,8 +363,7 @@ class Check:
                 command[-1 - self.options.dry] = f"small {rest}"
                 command = [sanitizer, "--tool", tool, "--error-exitcode", "99", *command]
             status, printed = self.run(command, limit)
-            lines = [line for line in printed.splitlines() if line.startswith("{")]
-            result = json.loads(lines[-1]) if lines and status is not None else {}
+            result = _last_json(printed)
             if status != 0:
                 result["section failed"] = ending if status is None else f"exit status {status}: see log.txt"
             if tool in dict(SANITIZED):
@@ -353,19 +380,18 @@ class Check:
         finished = self.folds(arch)
         with (self.out / "log.txt").open("a") as log:
             print("+", shlex.join(command), file=log, flush=True)
-            process = subprocess.Popen(command, stdout=log, stderr=log, env=self.environment, cwd=ROOT)
-            while process.poll() is None and self.left > 0:
-                time.sleep(min(2.0, max(0.1, self.left)))
-                if self.folds(arch) > finished:
-                    finished = self.folds(arch)
-                    self.pack(arch)
-            out_of_time = process.poll() is None
-            if out_of_time:
-                process.send_signal(signal.SIGINT)
-                try:
-                    process.wait(timeout=10)
-                except subprocess.TimeoutExpired:
-                    process.kill()
+            process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=self.environment, cwd=ROOT, start_new_session=True
+            )
+            try:
+                while process.poll() is None and self.left > 0:
+                    time.sleep(min(2.0, max(0.1, self.left)))
+                    if self.folds(arch) > finished:
+                        finished = self.folds(arch)
+                        self.pack(arch)
+                out_of_time = process.poll() is None
+            finally:
+                self.end_all(process)
             status = process.wait()
         self.pack(arch)
         before = self.results.get(f"cross-validation {arch}", {}).get("seconds", 0)
@@ -379,23 +405,32 @@ class Check:
         return len(list((self.work / arch / "folds").glob("*.json")))
 
     def pack(self, arch: str) -> None:
-        if (self.work / arch).exists():
-            temporary = self.out / f".{arch}.tar.gz"
+        """Keep the run folder as it is; of one that is being written to at this moment, the next fold will do."""
+        temporary = self.out / f".{arch}.tar.gz"
+        with contextlib.suppress(FileNotFoundError, tarfile.TarError, OSError):
             with tarfile.open(temporary, "w:gz") as archive:
-                archive.add(self.work / arch, arcname=arch)
+                archive.add(self.work / arch, arcname=arch, filter=_finished)
             os.replace(temporary, self.out / f"{arch}.tar.gz")
 
     def everything(self) -> None:
         for name in SECTIONS:
             if self.wanted(name) and self.left > 5:
-                self.keep(name, self.section(name))
+                self.keep(name, self.tried(self.section, name))
             if name == "launching" and list(disagreements(self.results.get(name, {}), name)):
                 self.environment["KERNELS_CUDA_LAUNCHER"] = "numba"
-                self.keep("launching through Numba", self.section(name))
+                self.keep("launching through Numba", self.tried(self.section, name))
         for arch in ARCHITECTURES if self.options.wavs else ():
             name = f"cross-validation {arch}"
             if self.wanted(name) and self.left > 5:
-                self.keep(name, self.cross_validate(arch))
+                self.keep(name, self.tried(self.cross_validate, arch))
+
+    @staticmethod
+    def tried(section: Callable[[str], Results], name: str) -> Results:
+        """What the section gives; whatever it raises spoils nothing but itself."""
+        try:
+            return section(name)
+        except Exception as error:
+            return {"section failed": f"{type(error).__name__}: {error}"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -436,6 +471,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     from npser.cli import machine, versions
 
+    if options.wavs and not any(options.wavs.rglob("*.wav")):
+        print(f"bench/gpu_check.py: --wavs {options.wavs}: holds no recording: did they travel?", file=sys.stderr)
+        return 2
+    if options.resume and not (options.resume / "gpu_check.json").exists():
+        print(f"bench/gpu_check.py: --resume {options.resume}: holds no gpu_check.json", file=sys.stderr)
+        return 2
     check = Check(options)
     check.keep("machine", {"machine": machine(), "versions": versions(), "arguments": sys.argv[1:]})
     check.everything()

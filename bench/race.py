@@ -28,13 +28,24 @@ class Failed(Exception):
 class Worker:
     """A process that holds one candidate."""
 
-    def __init__(self, name: str, threads: int, device: str = "cpu", kernels: Path | None = None) -> None:
-        """kernels: where ours are kept once they are compiled, if not in the user's cache folder."""
+    def __init__(
+        self, name: str, threads: int, device: str = "cpu", kernels: Path | None = None, own_allocator: bool = False
+    ) -> None:
+        """kernels: where ours are kept once they are compiled, if not in the user's cache folder; own_allocator: its
+        settings are those that the candidate has by itself."""
         root = Path(__file__).resolve().parent.parent
         path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
         self.complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the worker
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "bench.worker", name, str(threads), device],
+            [
+                sys.executable,
+                "-m",
+                "bench.worker",
+                name,
+                str(threads),
+                device,
+                *(["--own-allocator"] if own_allocator else []),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.complaints,
@@ -277,7 +288,7 @@ def available_memory() -> float:
 
 def peak_memory(candidate: Candidate, workload: Workload, threads: int) -> int:
     """Bytes that a fresh process takes at most for a few training steps (`begin` runs two, a run another)."""
-    worker = Worker(candidate.name, threads)
+    worker = Worker(candidate.name, threads, own_allocator=True)
     try:
         if not worker.ask("prepare", kind="memory", sizes=workload.sizes, reference=None).get("offered", True):
             raise Failed("not offered")

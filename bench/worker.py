@@ -141,8 +141,8 @@ def main() -> int:
     pin(threads, threads if candidate == "reference" else 1, device)
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints is no reply
-    if candidate == "npser":
-        keep_memory()  # as the project's own commands do
+    if candidate == "npser" or "--own-allocator" not in sys.argv:
+        keep_memory()  # as the project's own commands do; it serves the others no less
     serve(Bench(candidate, device), sys.stdin, replies)
     return 0
 

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import time
 import types
 
 import numpy as np
@@ -437,6 +438,62 @@ def test_the_check_finds_packages_where_it_found_them_itself(tmp_path, monkeypat
     monkeypatch.setenv("PYTHONPATH", "carried")
     check = gpu_check.Check(gpu_check.parser().parse_args(["--out", str(tmp_path / "out")]))
     assert check.environment["PYTHONPATH"] == os.pathsep.join([str(ROOT), "carried"])
+
+
+@needs_numba_cuda
+@pytest.mark.parametrize("poisoned", ["softmax", "dense_update_weights"])
+def test_the_check_finds_what_is_not_a_number(poisoned):
+    """In one place of one result, of one operation that must not hide behind the others."""
+    code = f"""
+import sys
+sys.argv[1:] = ["--out", "x", "--dry", "--section", "parity float32"]
+import kernels
+from kernels.cuda import allow_simulator
+allow_simulator()
+k = kernels.rung("cuda")
+from kernels.cuda import arrays
+right = k.{poisoned}
+def wrong(*operands):
+    result = right(*operands)
+    spoilt = operands[3] if result is None else result
+    value = arrays.asnumpy(spoilt)
+    value.flat[0] = float("nan")
+    arrays.assign(spoilt, value)
+    return result
+k.{poisoned} = wrong
+from bench import gpu_check
+gpu_check.main()
+"""
+    environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    wrong = [name for name, value in found.items() if isinstance(value, dict) and not value["agrees"]]
+    assert wrong, found
+    assert all(name.startswith(poisoned) for name in wrong)
+
+
+def test_the_check_ends_what_a_section_leaves_behind(tmp_path):
+    """A child of a child that ignores the interruption, as a program under compute-sanitizer may."""
+    from bench import gpu_check
+
+    check = gpu_check.Check(gpu_check.parser().parse_args(["--out", str(tmp_path / "out")]))
+    began = time.monotonic()
+    status, printed = check.run(["sh", "-c", "echo '{}'; (trap '' INT; exec sleep 300) & wait"], 1.0)
+    assert (status, printed) == (None, "{}\n")
+    assert time.monotonic() - began < 60
+
+
+@needs_numba_cuda
+def test_recordings_and_results_that_did_not_travel_are_missed_at_once(tmp_path):
+    command = [sys.executable, str(ROOT / "bench" / "gpu_check.py"), "--dry", "--out", str(tmp_path / "out")]
+    environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1"}
+    for option, said in (("--wavs", "holds no recording"), ("--resume", "holds no gpu_check.json")):
+        result = subprocess.run(
+            [*command, option, str(tmp_path)], capture_output=True, text=True, env=environment, check=False
+        )
+        assert (result.returncode, result.stdout) == (2, "")
+        assert said in result.stderr
 
 
 @needs_numba_cuda
