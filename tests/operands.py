@@ -105,12 +105,12 @@ def special(make, *shape):
 KEYS = [reference.dropout_key(*words) for words in [(0, 1, 0), (0, 1, 1), (0, 2, 0), (1, 1, 0), (12345, 3, 99999)]]
 
 
-def calls(C=20, O=13, B=5):
+def calls(C=20, O=13, B=5, H=40):
     """name -> (function, operands, other arguments): every operation of the CPU rung that takes float32 operands."""
     make = Numbers(11)
     x, y, w = make(B, 7, 10, C), make(B, 7, 10, O), make(3, 3, C, O)
     dy, argmax = make(B, 3, 5, O), make.places(B, 3, 5, O)
-    H, N, I, J = 40, 19, 300, 37
+    N, I, J = 19, 300, 37
     _, c, gates = reference.lstm_forward(make(9, 6, 4 * H), make(H, 4 * H))
     step = {"lr": 0.1, "momentum": 0.8}
     return {

@@ -22,7 +22,9 @@ def published(tones, tmp_path_factory):
     folder = tmp_path_factory.mktemp("published")
     for fold in ("0.0", "1.1"):
         assert train.main([*SHORT, "--data", str(tones), "--only", fold, "--out", str(folder / "run")]) == 0
-    [file, *_] = publish.publish([folder / "run"], folder / "runs", folder / "pictures")
+    run = RunFolder.open(folder / "run")
+    file = folder / f"{publish.name_of(run.config)}{SUFFIX}"
+    pack(run.config, run.load_folds(), file)
     return file
 
 

@@ -24,7 +24,7 @@ BINS = 16
 def epoch(arch, seed=5, backend="cpu"):
     """A small network after an epoch of 42 windows, some of them twice, in batches of 8 (the last of them smaller)."""
     rng = np.random.default_rng(0)
-    model = build_model(arch, backend=backend, filters=6, hidden=20, bins=BINS, classes=3, seed=seed)
+    model = build_model(arch, backend=backend, filters=32, hidden=20, bins=BINS, classes=3, seed=seed)
     length = model.input_frames
     frames = [rng.standard_normal((length + 4 * n, BINS)).astype(np.float32) for n in (3, 9, 5, 4, 8, 7)]
     scale = Standardisation(np.zeros(BINS, np.float32), np.ones(BINS, np.float32))

@@ -66,9 +66,10 @@ def test_a_trial_that_the_table_has_is_not_computed_again(tones, table, monkeypa
         run(tones, table, "--seeds", "2")
 
 
-def test_test_utterances_are_never_read(tones, table, monkeypatch):
+@pytest.mark.parametrize("augmented", [(), ("--set", "moving=True", "--set", "speeds=0.9,1.1")])
+def test_test_utterances_are_never_read(tones, table, monkeypatch, augmented):
     """Blanked out in what a trial is given, they change nothing."""
-    run(tones, table)
+    run(tones, table, *augmented)
     prepare, folds = crossval.prepare, {}
     make = crossval.make_folds
 
@@ -78,13 +79,14 @@ def test_test_utterances_are_never_read(tones, table, monkeypatch):
 
     def blind(spoken, *rest):
         test = set(folds["made"][0].test.tolist())
-        spoken[0][:] = [np.full_like(x, np.nan) if i in test else x for i, x in enumerate(spoken[0])]
+        for frames in spoken:
+            frames[:] = [np.full_like(x, np.nan) if i in test else x for i, x in enumerate(frames)]
         return prepare(spoken, *rest)
 
     monkeypatch.setattr(crossval, "make_folds", watched)
     monkeypatch.setattr(crossval, "prepare", blind)
     other = table.with_name("blind.csv")
-    run(tones, other)
+    run(tones, other, *augmented)
     numbers = [[line | {"seconds": ""} for line in csv.DictReader(path.open())] for path in (table, other)]
     assert numbers[0] == numbers[1]
 

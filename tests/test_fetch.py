@@ -88,6 +88,12 @@ def server():
 
 
 @pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "127.0.0.1")
+
+
+@pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
     monkeypatch.setattr(download, "__defaults__", (lambda seconds: None,))
 

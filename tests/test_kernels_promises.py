@@ -10,7 +10,7 @@ from operands import IN_PLACE, KEYS, SHARED, SPENT, Numbers, call, calls, calls_
 
 import kernels
 from kernels import cpu
-from kernels.cpu import sparse
+from kernels.cpu import lstm, sparse, winograd
 
 HELPERS = {"reference": {"dropout_threshold", "hann"}, "cpu": {"cache_is_cold"}}  # public, but not operations
 threads_available = nb.config.NUMBA_NUM_THREADS
@@ -63,6 +63,25 @@ def test_operands_stay_as_they_are(name):
         assert np.array_equal(value, before[operand]) == (operand not in IN_PLACE.get(name, ())), operand
 
 
+WIDE = {"C": 32, "O": 32, "B": 18, "H": lstm.WIDE}  # the networks' own channels, and tdcnn's kind of LSTM
+
+
+def test_wide_operands_go_by_the_algorithms_of_their_own(monkeypatch):
+    """What the tests below say of WIDE, they say of these."""
+    seen = []
+    for module, name in (
+        (winograd, "conv_relu_pool_forward"),
+        (winograd, "conv3x3_forward"),
+        (lstm, "_forward_by_steps"),
+    ):
+        used = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, used=used, name=name: (seen.append(name), used(*a))[1])
+    made = calls(**WIDE)
+    for operation in ("conv_relu_pool_forward", "conv3x3_forward", "lstm_forward"):
+        call(operation, *made[operation])
+    assert seen == ["conv_relu_pool_forward", "conv3x3_forward", "_forward_by_steps"]
+
+
 @pytest.mark.parametrize("name", calls())
 def test_threads_change_no_bit(name):
     if threads_available < 2:
@@ -72,7 +91,9 @@ def test_threads_change_no_bit(name):
         for threads in (1, 2, threads_available):
             nb.set_num_threads(threads)
             results[threads] = [
-                result for sizes in ({}, {"C": 3, "O": 33, "B": 18}) for result in call(name, *calls(**sizes)[name])
+                result
+                for sizes in ({}, {"C": 3, "O": 33, "B": 18}, WIDE)
+                for result in call(name, *calls(**sizes)[name])
             ]
             if name.startswith("dense"):
                 for product, (operands, others) in calls_from_lists().items():
@@ -88,8 +109,13 @@ def test_threads_change_no_bit(name):
 def test_a_row_does_not_depend_on_its_neighbours(B):
     """Bit for bit: a prediction must not depend on the batch it was computed in."""
     make = Numbers(B)
-    x, w, b = make(9, 6, 14, 20), make(3, 3, 20, 7), make(7)
-    for ours, all_ in zip(cpu.conv_relu_pool_forward(x[:B], w, b), cpu.conv_relu_pool_forward(x, w, b), strict=True):
+    for channels in (20, 32):
+        x, w, b = make(9, 6, 14, channels), make(3, 3, channels, 7), make(7)
+        alone, together = cpu.conv_relu_pool_forward(x[:B], w, b), cpu.conv_relu_pool_forward(x, w, b)
+        for ours, all_ in zip(alone, together, strict=True):
+            np.testing.assert_array_equal(ours, all_[:B])
+    z, wh = make(9, 3, 4 * lstm.WIDE), make(lstm.WIDE, 4 * lstm.WIDE) / np.float32(lstm.WIDE**0.5)
+    for ours, all_ in zip(cpu.lstm_forward(z[:B].copy(), wh), cpu.lstm_forward(z.copy(), wh), strict=True):
         np.testing.assert_array_equal(ours, all_[:B])
     x, w, b = make(9, 300), make(300, 40), make(40)
     np.testing.assert_array_equal(cpu.dense_forward(x[:B], w, b), cpu.dense_forward(x, w, b)[:B])

@@ -13,7 +13,7 @@ from npser.models import build_model
 from npser.optim import SGD
 from npser.progress import Progress
 from npser.recipes import RECIPES, Recipe, as_settings, changed, describe, from_settings, recipe_for
-from npser.trainer import Checkpoint, Task, fit, train_epochs
+from npser.trainer import Checkpoint, Task, fit, steps_per_epoch, train_epochs
 
 FLAT = Standardisation(np.zeros(128, np.float32), np.ones(128, np.float32))
 RNG = np.random.default_rng(5)
@@ -89,6 +89,26 @@ def test_the_rate_falls_linearly_to_its_share():
         rates.append(sgd.rate)
     np.testing.assert_allclose(rates[:11], np.linspace(0.5, 0.05, 11))
     np.testing.assert_allclose(rates[11:], 0.05)
+
+
+def test_training_follows_every_field_of_a_recipe():
+    task = small_task(clip_norm=0.01, final_rate=0.1, epochs=3)
+    sgd = task.optimiser()
+    assert (sgd.clip_norm, sgd.final_rate, sgd.total) == (0.01, 0.1, 3 * steps_per_epoch(task.targets, 3))
+    model = small_model()
+    fit(model, task, progress())
+
+    def weights(**changes):
+        other = small_model()
+        fit(other, small_task(**{"clip_norm": 0.01, "final_rate": 0.1, "epochs": 3, **changes}), progress())
+        return np.concatenate([value.ravel() for value in other.params.values()])
+
+    same = weights()
+    np.testing.assert_array_equal(same, np.concatenate([value.ravel() for value in model.params.values()]))
+    changes = {"clip_norm": None, "final_rate": 1.0, "epochs": 2, "batch_size": 4, "segment_hop": 10, "average_last": 2}
+    for name, value in changes.items():
+        other = weights(**{name: value})
+        assert not np.array_equal(other, same), name
 
 
 def test_the_weights_are_the_mean_of_the_last_epochs():

@@ -139,6 +139,56 @@ def test_killed_run_resumes_with_the_same_result(finished, tones, tmp_path):
     assert not list(tmp_path.rglob("*checkpoint*"))
 
 
+@pytest.mark.parametrize("arch", ["cnn", "lstm"])
+def test_the_best_recipe_goes_on_where_it_was_stopped_and_is_computed_anywhere(arch, tones, tmp_path, monkeypatch):
+    """Augmented, its rate falling or its weights averaged, with dropout in the cnn: the same bits."""
+    command = ["--arch", arch, "--recipe", "best", "--data", str(tones), "--folds", "2", "--repeats", "1"]
+    command += ["--epochs", "4", "--segment-hop", "64", "--threads", "1", "--out"]
+    assert train.main([*command, str(tmp_path / "whole")]) == 0
+
+    save = trainer.Checkpoint.save
+
+    def stop(checkpoint, model, sgd, done, mean=None):
+        taken = save(checkpoint, model, sgd, done, mean)
+        if len(done) in (1, 3):
+            raise KeyboardInterrupt
+        return taken
+
+    for _ in range(2):
+        monkeypatch.setattr(trainer.Checkpoint, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train.main([*command, str(tmp_path / "stopped"), "--only", "0.0"])
+    monkeypatch.setattr(trainer.Checkpoint, "save", save)
+    assert train.main([*command, str(tmp_path / "stopped"), "--only", "0.0"]) == 0
+    elsewhere = run_module("npser.train", *command, tmp_path / "elsewhere", "--only", "0.1", "--no-checkpoint")
+    assert elsewhere.returncode == 0, elsewhere.stderr
+    for run, fold in (("stopped", "r0f0.json"), ("elsewhere", "r0f1.json")):
+        assert numbers(tmp_path / run / "folds" / fold) == numbers(tmp_path / "whole" / "folds" / fold)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_folds_of_workers_go_on_from_their_checkpoints(tones, tmp_path):
+    command = ["--arch", "lstm", "--folds", "2", "--repeats", "1", "--epochs", "200", "--segment-hop", "40"]
+    command += ["--threads", "2", "--workers", "2", "--data", tones, "--out", tmp_path / "out"]
+    checkpoints = [tmp_path / "out" / "folds" / f"r0f{fold}.checkpoint.npz" for fold in (0, 1)]
+    process = start_module("npser.train", *command)
+    deadline = time.monotonic() + 120
+    while not all(path.exists() for path in checkpoints) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(0.5)  # the workers end with it
+    for path in checkpoints:
+        with np.load(path) as file:
+            state = dict(file)
+        state["epochs"][:, 3] = 1000  # seconds that an epoch took
+        np.savez(path, **state)
+    result = run_module("npser.train", *command)
+    assert result.returncode == 0, result.stderr
+    for fold in (0, 1):
+        assert json.loads((tmp_path / "out" / "folds" / f"r0f{fold}.json").read_text())["run"]["seconds"] > 1000
+
+
 def test_damaged_checkpoint_is_named_and_the_fold_starts_again(finished, tones, tmp_path):
     (tmp_path / "folds").mkdir()
     (tmp_path / "folds" / "r0f0.checkpoint.npz").write_bytes(b"PK\x03\x04 not much of an archive")
@@ -208,9 +258,14 @@ def test_leave_one_speaker_out_makes_a_fold_of_each_speaker(tmp_path):
 
 
 def test_help_answers_without_importing_the_heavy_packages():
-    code = "import sys, npser.options as t; t.parser().format_help(); print({'numpy', 'numba'} & set(sys.modules))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "set()"
+    code = (
+        "import sys, atexit; atexit.register(lambda: print({'numpy', 'numba'} & set(sys.modules)));"
+        "from npser.train import main; main(['--help'])"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(train.__file__).parent.parent)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert result.stdout.startswith("usage: python -m npser.train")
+    assert result.stdout.splitlines()[-1] == "set()"
 
 
 # --- bad use -----------------------------------------------------------------------------------------------------
