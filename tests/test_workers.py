@@ -315,7 +315,7 @@ def test_without_dask(tones, tmp_path, monkeypatch):
     base = ["--arch", "lstm", "--data", str(tones), "--out", str(tmp_path / "o"), "--folds", "2"]
     with pytest.raises(UserError, match="leave --workers away"):
         train.main([*base, "--workers", "2", "--dask", "tcp://127.0.0.1:9"])
-    with pytest.raises(UserError, match="--dask: there are no folds"):
+    with pytest.raises(UserError, match="there are no folds"):
         train.main([*base, "--cv", "none", "--dask", "tcp://127.0.0.1:9"])
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(UserError, match=r"pip install 'npser\[dask\]'"):
