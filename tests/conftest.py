@@ -53,3 +53,14 @@ def start_module(module: str, *arguments: str | Path) -> subprocess.Popen:
     return subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(ROOT)}
     )
+
+
+def has_gpu() -> bool:
+    """Whether `kernels.cuda` finds a GPU here."""
+    import kernels
+
+    try:
+        kernels.rung("cuda")
+    except kernels.Unavailable:
+        return False
+    return True

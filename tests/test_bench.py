@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_module
+from conftest import ROOT, has_gpu, run_module
 
 import bench.__main__ as command
 from bench import machine, race, suites, tables, worker, workloads
@@ -284,6 +284,7 @@ def test_candidates_on_a_gpu_are_told_apart():
     assert CUDA_CANDIDATES[1].tolerance(1e-4) > CUDA_CANDIDATES[0].tolerance(1e-4) == 1e-4
 
 
+@pytest.mark.skipif(has_gpu(), reason="there is a GPU")
 @pytest.mark.parametrize("candidate", CUDA_CANDIDATES, ids=lambda c: c.name)
 def test_a_framework_without_a_gpu_says_so(candidate, references):
     """It must not be timed on the cpu instead."""

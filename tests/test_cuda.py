@@ -14,7 +14,7 @@ import types
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_module
+from conftest import ROOT, has_gpu, run_module
 from ptx_machine import ptx_of
 
 import kernels
@@ -328,15 +328,7 @@ def refused(*arguments, **environment):
     return result.stderr
 
 
-def gpu_is_there():
-    try:
-        kernels.rung("cuda")
-    except kernels.Unavailable:
-        return False
-    return True
-
-
-@pytest.mark.skipif(gpu_is_there(), reason="there is a GPU")
+@pytest.mark.skipif(has_gpu(), reason="there is a GPU")
 def test_no_gpu_is_one_line(tmp_path):
     line = refused("--out", tmp_path / "out")
     assert line.startswith("npser.train: --backend cuda: ")
@@ -344,14 +336,14 @@ def test_no_gpu_is_one_line(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.skipif(gpu_is_there(), reason="there is a GPU")
+@pytest.mark.skipif(has_gpu(), reason="there is a GPU")
 def test_predict_refuses_in_one_line_too(tmp_path):
     result = run_module("npser.predict", tmp_path / "m.npz", tmp_path / "a.wav", "--backend", "cuda")
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
     assert result.stderr.startswith("npser.predict: --backend cuda: ")
 
 
-@pytest.mark.skipif(gpu_is_there(), reason="there is a GPU")
+@pytest.mark.skipif(has_gpu(), reason="there is a GPU")
 def test_a_worker_without_a_gpu_says_so():
     from npser import workers
     from npser.errors import UserError
@@ -366,7 +358,7 @@ def test_the_simulator_is_refused(tmp_path):
     assert "NUMBA_ENABLE_CUDASIM" in refused("--out", tmp_path / "out", NUMBA_ENABLE_CUDASIM="1")
 
 
-@pytest.mark.skipif(gpu_is_there(), reason="there is a GPU")
+@pytest.mark.skipif(has_gpu(), reason="there is a GPU")
 def test_models_say_so_too():
     from npser.errors import UserError
     from npser.models import build_model
@@ -382,7 +374,7 @@ def test_precision_needs_the_gpu(command):
     assert (result.returncode, result.stdout, result.stderr) == (2, "", line)
 
 
-@pytest.mark.skipif(gpu_is_there(), reason="there is a GPU")
+@pytest.mark.skipif(has_gpu(), reason="there is a GPU")
 def test_the_benchmark_needs_one_too(tmp_path):
     result = run_module("bench", "train", "--device", "cuda", cwd=tmp_path)
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from conftest import run_module, start_module, write_tone
+from conftest import has_gpu, run_module, start_module, write_tone
 
 from npser import train, trainer
 from npser.errors import RunFailed, UserError
@@ -297,7 +297,7 @@ def test_wrong_option_is_named_with_status_2(arguments, wanted, capsys):
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
-        (("--backend", "cuda"), "--backend cuda"),
+        pytest.param(("--backend", "cuda"), "--backend cuda", marks=pytest.mark.skipif(has_gpu(), reason="has a GPU")),
         (("--save", "m.npz"), "--cv none"),
         (("--cv", "none", "--only", "0.0"), "--only"),
         (("--threads", "4096"), "--threads 4096"),
