@@ -154,10 +154,12 @@ def results_text(published: Published) -> str:
 def _ordinary(published: Published, cv: str) -> Published:
     """The runs of npser.train by one kind of cross-validation, in the order of the tables."""
     chosen = {n: r for n, r in published.items() if not r[0].get("experiment") and r[0]["cv"] == cv}
-    order = sorted(
-        chosen, key=lambda n: (ARCHITECTURES.index(chosen[n][0]["arch"]), chosen[n][0]["recipe"] != "paper", n)
-    )
-    return {n: chosen[n] for n in order}
+
+    def place(name: str) -> tuple[Any, ...]:
+        config, _ = chosen[name]
+        return ARCHITECTURES.index(config["arch"]), config["recipe"] != "paper", bool(off_recipe(config)), name
+
+    return {name: chosen[name] for name in sorted(chosen, key=place)}
 
 
 def _what(config: Mapping[str, Any]) -> str:
