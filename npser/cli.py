@@ -140,6 +140,15 @@ def _interrupt(number: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def answer_interruption() -> None:
+    """Raise an interruption once more: what raises as Python destroys an object, or calls back, is dropped there.
+
+    To be called now and then by work that lasts.
+    """
+    if _interrupted.is_set():
+        raise KeyboardInterrupt
+
+
 def whole(least: int, most: int = 2**63 - 1) -> Any:
     """An argparse type: a whole number, at least and at most so large."""
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from npser.cli import Parser, computing, count, run, set_threads, whole
+from npser.cli import Parser, answer_interruption, computing, count, run, set_threads, whole
 from npser.errors import RunFailed, UserError, printable
 
 if TYPE_CHECKING:
@@ -308,6 +308,7 @@ def label_all(model: "Model", inputs: Iterable[Input | UserError], hop: int, wri
             if isinstance(source, UserError):
                 raise source
             for seconds, segment in segments(model, source, hop, live):
+                answer_interruption()
                 total, windows = total + segment.p, windows + 1
                 if timeline:
                     live.clear()

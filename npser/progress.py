@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TextIO
 
+from npser.cli import answer_interruption
 from npser.foldresult import EpochResult
 
 ESTIMATE_AFTER = 3  # updates timed before the length of the run is estimated
@@ -64,6 +65,7 @@ class Progress:
         self, seconds: float, windows: int, loss: float, accuracy: float, epoch: int, epochs: int, updates: int = 1
     ) -> None:
         """One update (or several) done, in so many seconds; loss and accuracy are the epoch's so far."""
+        answer_interruption()
         self.done += updates
         first = self._fold_measured == 0
         self._fold_measured += updates

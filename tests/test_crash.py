@@ -516,3 +516,36 @@ def test_old_frames_of_killed_programs_are_removed_from_the_cache(tmp_path, monk
 
 if __name__ == "__main__":
     doomed(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_that_python_drops_is_answered_all_the_same(tones, tmp_path, number):
+    """What is raised while an object is destroyed is printed and forgotten."""
+    code = f"""
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from npser import cli, progress, train
+
+class Dying:
+    def __del__(self):
+        os.kill(os.getpid(), {int(number)})
+        for _ in range(1000):
+            pass
+
+step = progress.Progress.step
+seen = []
+def stepped(self, *arguments, **named):
+    seen.append(None)
+    if len(seen) == 5:
+        Dying()
+    return step(self, *arguments, **named)
+progress.Progress.step = stepped
+sys.argv[1:] = ["--arch", "lstm", "--data", {str(tones)!r}, "--folds", "2", "--epochs", "2000", "--segment-hop", "40",
+                "--out", {str(tmp_path / "out")!r}]
+cli.run("npser.train", train.main)
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+    assert "Exception ignored" in done.stderr
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.splitlines()[-1] == "npser.train: interrupted"
