@@ -41,6 +41,19 @@ def draw(files: Sequence[Path], fold: tuple[int, int] | None) -> tuple[PackedRun
     return random.SystemRandom().choice(found)
 
 
+def _facts(result: FoldResult, vote: str) -> dict[str, str]:
+    """What is shown of a fold, by name."""
+    versions = result.run.get("versions") or {}
+    return {
+        **{name: str(versions.get(name)) for name in ("commit", "python", "numpy", "numba")},
+        **{name: str(result.run.get(name)) for name in ("machine", "threads")},
+        "training loss, last epoch": f"{result.epochs[-1].loss:.6g}",
+        "average F1": percent(average_f1(result.matrix(vote))),
+        "decisions": str(len(result.utterances)),
+        "probabilities": "",
+    }
+
+
 def differences(published: FoldResult, again: FoldResult, vote: str) -> tuple[Table, int]:
     """The two folds side by side, and how many utterances were decided otherwise."""
     theirs, ours = ({u.file: u for u in result.utterances} for result in (published, again))
@@ -49,19 +62,13 @@ def differences(published: FoldResult, again: FoldResult, vote: str) -> tuple[Ta
         abs(p - q) for f, u in theirs.items() for p, q in zip(u.probabilities, ours[f].probabilities, strict=True)
     )
     losses = (abs(a.loss - b.loss) for a, b in zip(published.epochs, again.epochs, strict=True))
-    rows = [
-        (what, *(str((result.run.get("versions") or {}).get(what)) for result in (published, again)), "")
-        for what in ("commit", "python", "numpy", "numba")
-    ]
-    rows += [
-        ("machine", *(str(result.run.get("machine")) for result in (published, again)), ""),
-        ("threads", *(str(result.run.get("threads")) for result in (published, again)), ""),
-        ("training loss, last epoch", *(f"{result.epochs[-1].loss:.6g}" for result in (published, again)),
-         f"{max(losses, default=0.0):.2g} at most, of all epochs"),
-        ("average F1", *(percent(average_f1(result.matrix(vote))) for result in (published, again)), ""),
-        ("decisions", *(str(len(result.utterances)) for result in (published, again)), f"{len(otherwise)} otherwise"),
-        ("probabilities", "", "", f"{max(probabilities, default=0.0):.2g} at most"),
-    ]  # fmt: skip
+    difference = {
+        "training loss, last epoch": f"{max(losses, default=0.0):.2g} at most, of all epochs",
+        "decisions": f"{len(otherwise)} otherwise",
+        "probabilities": f"{max(probabilities, default=0.0):.2g} at most",
+    }
+    facts = [_facts(result, vote) for result in (published, again)]
+    rows = [(name, *(shown[name] for shown in facts), difference.get(name, "")) for name in facts[0]]
     title = f"Fold {published.repeat}.{published.fold}, published and computed again"
     return Table(title, ("", "published", "again", "difference"), tuple(rows), left=3), len(otherwise)
 

@@ -29,6 +29,7 @@ AUDIO_SUFFIXES = (
 )
 
 _BLOCK = 1 << 18  # samples of one channel that are decoded at once
+_MP3_FRAME = 1152  # samples, at most
 _UNKNOWN = 1 << 62  # samples, at least, of a file that libsndfile knows no length of
 _REACH = 10  # the resampling filter's length on each side, in periods of the lower of the two rates (as in SciPy)
 
@@ -157,12 +158,12 @@ def _least_of_mp3(path: str, promised: int) -> int:
     frames are always the encoder's own, and no damage.
     """
     counted, indexed = mp3_samples(as_bytes(path))
-    if counted - promised > 4 * 1152:
+    if counted - promised > 4 * _MP3_FRAME:
         raise UserError(
             f"{path}: an MP3 file that does not say how long it is; {promised} of {counted} samples would be read: "
             "convert it to WAV"
         )
-    return (promised if indexed or not counted else min(promised, counted)) - 2 * 1152
+    return (promised if indexed or not counted else min(promised, counted)) - 2 * _MP3_FRAME
 
 
 def as_bytes(path: str) -> str | bytes:

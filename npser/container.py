@@ -83,8 +83,8 @@ def mp3_samples(path: str | bytes) -> tuple[int, bool]:
             frame = _mp3_frame(data[at : at + 4])
             if frame and like in (None, frame[1:]) and _continues(data, at + frame[0], frame[1:]):
                 if like is None:
-                    index = data[at : at + frame[0]]  # behind as many zeros as the frame's tables would be long
-                    indexed = b"Xing" in index[:40] or b"Info" in index[:40]
+                    head = data[at : at + 40]
+                    indexed = b"Xing" in head or b"Info" in head
                 at, samples, like = at + frame[0], samples + frame[1], frame[1:]
             elif data[at : at + 3] == b"ID3" and at + 10 <= len(data):  # a tag, 7 bits of its length in each byte
                 a, b, c, d = data[at + 6 : at + 10]

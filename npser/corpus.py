@@ -139,6 +139,7 @@ def _folder_corpus(folder: Path) -> Corpus:
     layout = recognise(names)
     utterances: list[Utterance] = []
     skipped: list[str] = []
+    known = set(names)
     files: dict[str, str] = {}  # each file's name, or its first: that of no link if there is one
     for name in sorted(names, key=lambda name: (os.path.islink(root / name), name)):
         files.setdefault(os.path.realpath(root / name), name)
@@ -148,7 +149,7 @@ def _folder_corpus(folder: Path) -> Corpus:
         twin = layout.twin(name) if layout else None
         if first != name:
             skipped.append(f"{name}: the same file as {first}")
-        elif twin in names:
+        elif twin in known:
             skipped.append(f"{name}: the same performance as {twin}")
         elif layout:
             parsed = layout.parse(name)

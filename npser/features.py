@@ -32,10 +32,6 @@ def log_magnitude(k: ModuleType, samples: NDArray[np.float32]) -> NDArray[np.flo
     return np.log(np.maximum(magnitude[:, :BINS], np.float32(FLOOR)))
 
 
-def _sum_of(parts: Iterable[np.float64]) -> np.float64:
-    return np.float64(sum(parts))
-
-
 def _sum_of_rows(parts: Iterable[NDArray[np.float64]]) -> NDArray[np.float64]:
     """The sum of the rows of all parts, each (rows, columns), in their order: (columns,)."""
     total: NDArray[np.float64] | None = None
@@ -61,9 +57,9 @@ class Standardisation:
         count = sum(map(len, frames))
         if kind == "global":
             bins = frames[0].shape[1]
-            mean = np.full(bins, _sum_of(f.sum(dtype=np.float64) for f in frames) / (count * bins))
-            squares = (np.square(f - mean, dtype=np.float64).sum() for f in frames)
-            deviation = np.full(bins, np.sqrt(_sum_of(squares) / (count * bins)))
+            mean = np.full(bins, sum(f.sum(dtype=np.float64) for f in frames) / (count * bins))
+            squares = sum(np.square(f - mean, dtype=np.float64).sum() for f in frames)
+            deviation = np.full(bins, np.sqrt(squares / (count * bins)))
         else:  # row after row, whatever the utterances' lengths
             mean = _sum_of_rows(frame.astype(np.float64) for frame in frames) / count
             deviation = np.sqrt(_sum_of_rows(np.square(frame - mean) for frame in frames) / count)

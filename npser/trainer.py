@@ -153,10 +153,11 @@ def train_epochs(
             mean.add(model)
             if result.epoch == task.epochs:
                 model.set_params(mean.params)
+        # The loss was looked at before the last update.
         if not all(np.isfinite((value.min(), value.max())).all() for value in model.params.values()):
             raise RunFailed(
                 f"the training diverged: a parameter is not finite after epoch {result.epoch}; no result is written"
-            )  # the loss was looked at before the last update
+            )
         yield result
 
 

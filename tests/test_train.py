@@ -115,22 +115,29 @@ def test_other_options_in_the_same_folder_are_refused(finished, tones, option, v
     assert f"{option} was {old}, now {value}" in result.stderr
 
 
+def kill_at_checkpoints(command, *checkpoints):
+    """SIGKILL as soon as all of these are there; their epochs then claim to have taken 1000 seconds."""
+    process = start_module("npser.train", *command)
+    deadline = time.monotonic() + 120
+    while not all(path.exists() for path in checkpoints) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(0.5)  # workers end with it
+    for path in checkpoints:
+        if path.with_name(path.name.replace(".checkpoint.npz", ".json")).exists():
+            pytest.fail("the run was over before it could be killed: make it longer")
+        with np.load(path) as file:
+            state = dict(file)
+        state["epochs"][:, 3] = 1000
+        np.savez(path, **state)
+
+
 def test_killed_run_resumes_with_the_same_result(finished, tones, tmp_path):
     """SIGKILL after the first checkpoint; the resumed fold equals the one that was never stopped."""
     command = (*SHORT, "--data", tones, "--out", tmp_path / "out", "--only", "0.0")
     checkpoint = tmp_path / "out" / "folds" / "r0f0.checkpoint.npz"
-    process = start_module("npser.train", *command)
-    deadline = time.monotonic() + 120
-    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    if (tmp_path / "out" / "folds" / "r0f0.json").exists():
-        pytest.fail("the run was over before it could be killed: make it longer")
-    with np.load(checkpoint) as file:
-        state = dict(file)
-    state["epochs"][:, 3] = 1000  # seconds that an epoch took
-    np.savez(checkpoint, **state)
+    kill_at_checkpoints(command, checkpoint)
     result = run_module("npser.train", *command)
     assert result.returncode == 0, result.stderr
     assert "epoch 1/3" not in result.stderr  # it went on, and did not start again
@@ -171,18 +178,7 @@ def test_folds_of_workers_go_on_from_their_checkpoints(tones, tmp_path):
     command = ["--arch", "lstm", "--folds", "2", "--repeats", "1", "--epochs", "200", "--segment-hop", "40"]
     command += ["--threads", "2", "--workers", "2", "--data", tones, "--out", tmp_path / "out"]
     checkpoints = [tmp_path / "out" / "folds" / f"r0f{fold}.checkpoint.npz" for fold in (0, 1)]
-    process = start_module("npser.train", *command)
-    deadline = time.monotonic() + 120
-    while not all(path.exists() for path in checkpoints) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    time.sleep(0.5)  # the workers end with it
-    for path in checkpoints:
-        with np.load(path) as file:
-            state = dict(file)
-        state["epochs"][:, 3] = 1000  # seconds that an epoch took
-        np.savez(path, **state)
+    kill_at_checkpoints(command, *checkpoints)
     result = run_module("npser.train", *command)
     assert result.returncode == 0, result.stderr
     for fold in (0, 1):

@@ -2,8 +2,8 @@
 
 A weight that gets no gradient any more, its unit being dead, leaves its velocity to the momentum. That takes it down to
 the denormal numbers, and there it stays, for 0.8 times the smallest of them is rounded to itself; and a vector that
-holds such a number takes a processor a hundred cycles. So a velocity nearer to 0 than TINY becomes 0. What it would
-have moved is lost on any weight of more than 1e-22.
+holds such a number takes a processor many times as long as another. So a velocity nearer to 0 than TINY becomes 0. What
+it would have moved is lost on any weight of more than 1e-22.
 """
 
 import numba as nb
