@@ -335,7 +335,7 @@ class Run:
 
         print("growth of our own times, ms")
         for done in self.rows:
-            if done["kind"] in ("train", "infer"):
+            if done["kind"] in ("train", "infer") and "trained" not in done["sizes"]:
                 series = done["title"].split(", B")[0] + ", against batch"
                 ours = done["candidates"].get(OURS.name)
                 self.growth.setdefault(series, {})[str(done["sizes"]["B"])] = ours["median"] if ours else None

@@ -243,9 +243,11 @@ class Race:
                 row.troubles[name] = str(failure)
                 self._forget(name)
         row.times = self._rounds(row, list(row.times), min(workload.least_rounds, self.pace.least_rounds))
-        for candidate in self.candidates:
-            if candidate.name in self.workers and self.workers[candidate.name].alive:
-                self.workers[candidate.name].ask("rest")
+        for name in [candidate.name for candidate in self.candidates if candidate.name in self.workers]:
+            try:
+                self.workers[name].ask("rest")
+            except Failed:  # its times stand; the next row starts another
+                self._forget(name)
         return row
 
     def _rounds(self, row: Row, names: list[str], least: int) -> dict[str, list[float]]:

@@ -2,7 +2,8 @@
 
 The cache lies in the user's cache folder, under a name that hashes whatever the frames depend on: the settings of
 `npser.features`, the code and the versions of the packages that compute, and the size and time of every audio file (for
-the built-in corpus: the synthesiser itself). Nothing has to be deleted by hand when one of them changes.
+the built-in corpus: the synthesiser itself). Nothing has to be deleted by hand when one of them changes: frames that
+nobody has used for UNUSED days are removed when others are kept.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -28,6 +30,7 @@ from npser.corpus import Corpus, user_cache
 from npser.files import replacing, sweep
 from npser.modelfile import DAMAGE
 
+UNUSED = 60  # days
 _CACHE_FILE = re.compile(r"frames-[0-9a-f]{32}\.npz")
 
 
@@ -112,6 +115,8 @@ def _load(cache: Path, utterances: int) -> list[NDArray[np.float32]] | None:
             frames, ends = file["frames"], file["ends"]
         if frames.dtype != np.float32 or frames.shape != (ends[-1], features.BINS) or ends.shape != (utterances,):
             return None
+        with contextlib.suppress(OSError):
+            os.utime(cache)  # it is in use
         return np.split(frames, ends[:-1])
     except (*DAMAGE, IndexError):
         return None
@@ -122,5 +127,8 @@ def _keep(cache: Path, frames: list[NDArray[np.float32]]) -> None:
     with contextlib.suppress(OSError):
         cache.parent.mkdir(parents=True, exist_ok=True)
         sweep(cache.parent, _CACHE_FILE, older_than=3600)  # others may be writing theirs
+        for old in cache.parent.iterdir():
+            if _CACHE_FILE.fullmatch(old.name) and time.time() - old.stat().st_mtime > UNUSED * 24 * 3600:
+                old.unlink(missing_ok=True)
         with replacing(cache, to_disk=False) as file:
             np.savez(file, frames=np.concatenate(frames), ends=np.cumsum([len(f) for f in frames]))

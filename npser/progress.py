@@ -3,6 +3,7 @@
 Everything here goes to standard error; results go to standard output.
 """
 
+import io
 import sys
 import time
 from collections.abc import Callable
@@ -53,6 +54,10 @@ class Progress:
             self.stream.write("\r\x1b[K")
         print(text, file=self.stream, flush=True)
 
+    def warn(self, text: str) -> None:
+        """A line that stays, about what went wrong."""
+        self.say(text)
+
     def begin_fold(self, title: str, steps: int) -> None:
         """title names the fold in all its lines; steps: how many it has."""
         self.title, self._fold_end, self._fold_measured = title, self.done + steps, 0
@@ -101,3 +106,13 @@ class Progress:
             return said
         fold, run = self._left(self._fold_end - self.done), self._left(self.total - self.done)
         return f"{said}  left: fold {duration(fold)}, run {duration(run)}"
+
+
+class Silent(Progress):
+    """In a worker, whose parent says how the run goes: only what went wrong is said."""
+
+    def __init__(self) -> None:
+        super().__init__(0, io.StringIO())
+
+    def warn(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)

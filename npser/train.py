@@ -156,7 +156,7 @@ def _cross_validate(options: argparse.Namespace, corpus: "Corpus", config: dict[
     for fold in waiting:
         if unheard := set(corpus.targets[fold.test]) - set(corpus.targets[fold.train]):
             labels = ", ".join(corpus.labels[k] for k in sorted(unheard))
-            progress.say(f"fold {fold.name} tests {printable(labels)}, of which its training utterances have none")
+            progress.warn(f"fold {fold.name} tests {printable(labels)}, of which its training utterances have none")
     about = {key: config[key] for key in ("backend", "precision", "threads", "vote", "versions")}
     about["machine"] = machine_of(config)
     if waiting and (options.dask or (options.workers > 1 and len(waiting) > 1)):

@@ -246,7 +246,7 @@ class Checkpoint:
                 raise ValueError("its epochs are not those of this training")
         except DAMAGE as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            self.progress.say(f"{self.path.name} cannot be used ({reason}): this fold starts at its beginning")
+            self.progress.warn(f"{self.path.name} cannot be used ({reason}): this fold starts at its beginning")
             return []
         model.set_params(params)
         sgd.velocities = {name: model.arrays.asarray(value) for name, value in velocities.items()}

@@ -6,7 +6,6 @@ the run folder. A fold is a function of corpus, settings and seed alone: where i
 
 import asyncio
 import contextlib
-import io
 import logging
 import multiprocessing
 import os
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from npser.runfolder import RunFolder
 
 LOST = 3  # times that a worker may die before the run gives up
+LOOK_EVERY = 5.0  # seconds between two looks at whether a cluster has workers
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def compute(job: Job) -> "FoldResult":
     from pathlib import Path
 
     from npser.crossval import make_folds, train_and_test
-    from npser.progress import Progress
+    from npser.progress import Silent
     from npser.runconfig import settings_of
     from npser.train import machine_of
 
@@ -73,7 +73,7 @@ def compute(job: Job) -> "FoldResult":
         corpus, spoken = _corpus(job.data, job.test_data, *listing, config["backend"], threads, speeds)
         folds = make_folds(corpus, config["cv"], config["folds"], config["repeats"], config["seed"])
         fold = next(fold for fold in folds if (fold.repeat, fold.number) == (job.repeat, job.fold))
-        silent = Progress(0, io.StringIO())
+        silent = Silent()
         silent.begin_fold(f"fold {job.name}", 0)
         path = Path(job.checkpoint) if job.checkpoint else None
         here = {"machine": machine_of(config), "threads": threads, "versions": versions()}
@@ -100,12 +100,18 @@ def _corpus(
 
 
 def run_folds(
-    executor: Executor, jobs: Iterable[Job], folder: "RunFolder", at_once: int, total: int | None = None
+    executor: Executor,
+    jobs: Iterable[Job],
+    folder: "RunFolder",
+    at_once: int,
+    total: int | None = None,
+    meanwhile: Callable[[], None] | None = None,
 ) -> None:
     """Compute the folds, at most `at_once` of them at a time, and save each as soon as it is there.
 
     Whatever a fold raises is raised here, once those that are being computed are finished and kept; no other is begun.
-    total: how many there were in the beginning, for the lines that count them (default: these).
+    total: how many there were in the beginning, for the lines that count them (default: these); meanwhile: called
+    every LOOK_EVERY seconds in which no fold is done.
     """
     waiting = list(jobs)
     total, running = total or len(waiting), dict[Future[Any], Job]()
@@ -115,7 +121,9 @@ def run_folds(
             while waiting and failure is None and len(running) < at_once:
                 job = waiting.pop(0)
                 running[executor.submit(compute, job)] = job
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            done, _ = wait(running, LOOK_EVERY if meanwhile else None, return_when=FIRST_COMPLETED)
+            if meanwhile and not done:
+                meanwhile()
             for future in done:
                 job = running.pop(future)
                 if error := _failure(future):
@@ -275,8 +283,17 @@ def run_on_dask(jobs: Iterable[Job], folder: "RunFolder", address: str) -> None:
             raise UserError(f"--dask {address}: the worker {bare[0]} has no npser: install it there")
         jobs = list(jobs)
         _announce(len(jobs), len(threads), address)
+        deserted = False
+
+        def look() -> None:
+            nonlocal deserted
+            with contextlib.suppress(Exception):  # where the scheduler is gone, too, the folds will say so
+                before, deserted = deserted, not client.nthreads()
+                if deserted and not before:
+                    _say(f"no worker is left on {address}: waiting for another one (Ctrl-C ends the run)")
+
         try:
-            run_folds(client.get_executor(pure=False), jobs, folder, len(jobs))
+            run_folds(client.get_executor(pure=False), jobs, folder, len(jobs), meanwhile=look)
         except KilledWorker as error:
             raise RunFailed("--dask: a fold lost its worker several times; the finished folds are kept") from error
         except CancelledError as error:

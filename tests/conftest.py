@@ -1,6 +1,7 @@
 """What several test files need: small corpora made on the spot, and the command line in a process of its own."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,18 @@ hypothesis.settings.register_profile("npser", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("npser")
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def signals_stay_as_they_were():
+    """What a test ignores, every process of the tests after it would ignore, too."""
+
+    def handlers() -> list[object]:
+        return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    before = handlers()
+    yield
+    assert handlers() == before
 
 
 def write_tone(path: Path, hertz: float, seconds: float = 1.2, seed: int = 0) -> None:

@@ -4,7 +4,8 @@
 
 runs `python -m npser.train` with these options for so long, samples its resident memory, and prints the peak of each
 hour; interrupted runs go on in the same FOLDER. Exit status 1 when the last hour's peak exceeds the first one's by more
-than 2 %, or when the run ends by itself before the time is over with anything but 0. Linux alone: it reads /proc.
+than 2 %, and when the run ends by itself before the time is over with anything but 0, or does not answer the SIGTERM
+that ends it. Linux alone: it reads /proc.
 """
 
 import argparse
@@ -58,6 +59,9 @@ def main() -> int:
         print(f"hour {hour + 1}: peak {peak:.0f} MB")
     if status not in (None, 0):
         print(f"the run ended by itself with status {status}")
+        return 1
+    if status is None and run.returncode != 130:
+        print(f"the run did not answer SIGTERM: it ended with status {run.returncode}")
         return 1
     ratio = peaks[-1] / peaks[0]
     print(f"last against first: {100 * (ratio - 1):+.1f} %")

@@ -254,6 +254,15 @@ def test_a_candidate_that_fails_leaves_the_others_their_row(tmp_path, monkeypatc
     assert {name: len(times) for name, times in row.times.items()} == {"npser": 3, "jax": 3}
 
 
+def test_a_candidate_that_dies_at_the_end_of_a_row_keeps_its_times(tmp_path, monkeypatch):
+    contest, log = fake_race(tmp_path, monkeypatch, torch={"fails_at": "rest"})
+    row = contest.run("kernels", Workload("relu", "ReLU", {"N": 100}))
+    assert row.troubles == {}
+    assert {name: len(times) for name, times in row.times.items()} == {"npser": 3, "torch": 3, "jax": 3}
+    assert log[-3:] == [("torch", "rest"), ("torch", "close"), ("jax", "rest")]
+    assert "torch" not in contest.workers
+
+
 def test_no_reference_no_times(tmp_path, monkeypatch):
     contest, log = fake_race(tmp_path, monkeypatch, reference={"fails_at": "prepare"})
     row = contest.run("kernels", Workload("relu", "ReLU", {"N": 100}))
@@ -451,7 +460,10 @@ def test_all_sections_and_growth(small_command, monkeypatch, tmp_path, capsys):
     step = Workload("train", "tiny training step, B 3", {"arch": "cnn", "B": 3, "model": TINY}, tolerance=1e-3)
     batch = Workload("infer", "tiny inference, B 6", {"arch": "cnn", "B": 6, "model": TINY})
     monkeypatch.setattr(workloads, "UPDATES", 1)
-    monkeypatch.setattr(suites, "train", lambda quick, trained: [step])
+    np.savez(tmp_path / "trained.npz", windows=np.ones((3, *workloads.window_shape(step.sizes)), np.float32))
+    trained = step.sizes | {"trained": str(tmp_path / "trained.npz")}
+    later = Workload("train", "tiny training step, B 3, after an update", trained, tolerance=1e-3)
+    monkeypatch.setattr(suites, "train", lambda quick, trained: [step, later])
     monkeypatch.setattr(suites, "infer", lambda quick, *files: [batch])
     monkeypatch.setattr(suites, "memory", lambda: [Workload("memory", "tiny", step.sizes)])
     monkeypatch.setattr(suites, "growth", lambda folder, recorded: [("tiny, against width", "8", step)])
@@ -464,7 +476,7 @@ def test_all_sections_and_growth(small_command, monkeypatch, tmp_path, capsys):
     path = tmp_path / "bench.json"
     assert command.main(["--threads", "1", "--json", str(path)]) == 0
     found = json.loads(path.read_text())
-    assert [row["kind"] for row in found["rows"]] == ["relu", "dense_forward", "train", "infer"]
+    assert [row["kind"] for row in found["rows"]] == ["relu", "dense_forward", "train", "train", "infer"]
     assert found["memory"][0]["megabytes"]["npser"] > 50
     assert found["starts"][0].keys() == {"title", "cold", "warm"}
     assert {series: list(points) for series, points in found["growth"].items()} == {
@@ -473,6 +485,8 @@ def test_all_sections_and_growth(small_command, monkeypatch, tmp_path, capsys):
         "tiny, against width": ["8"],
         "tiny inference, B 6, against threads": ["1"],
     }
+    fresh = found["rows"][2]["candidates"]["npser"]["median"]
+    assert found["growth"]["tiny training step, against batch"]["3"] == fresh  # not the row after updates
     out = capsys.readouterr().out
     for series, points in found["growth"].items():
         assert all(seconds > 0 for seconds in points.values())

@@ -312,14 +312,14 @@ def spawned_by(pid):
     return []
 
 
-def test_workers_end_with_a_killed_parent(undisturbed, tmp_path):
+def test_workers_end_with_a_killed_parent(tmp_path):
     """They would compute on beside the run that is resumed, or wait for work for ever."""
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("needs two cores")
     out = tmp_path / "out"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     environment.pop("NUMBA_NUM_THREADS", None)
-    command = [sys.executable, "-m", "npser.train", *SHORT, "--workers", "2", "--out", str(out)]
+    command = [sys.executable, "-m", "npser.train", *SHORT, "--epochs", "400", "--workers", "2", "--out", str(out)]
     # SIGINT also while the workers are starting: they cannot answer it yet.
     for ended_by, within in ((signal.SIGKILL, 3), (signal.SIGINT, 3), (signal.SIGINT, 0.5)):
         run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
@@ -337,11 +337,9 @@ def test_workers_end_with_a_killed_parent(undisturbed, tmp_path):
             time.sleep(0.05)
         assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
         _, log = run.communicate(timeout=60)
-        assert run.returncode in (-signal.SIGKILL, 130, 0), log
+        assert run.returncode == (130 if ended_by == signal.SIGINT else -signal.SIGKILL), log
         if run.returncode == 130:
             one_line(log, "interrupted")
-    shutil.rmtree(out)
-    finish_and_compare(out, undisturbed[0])
 
 
 # --- full disk, read-only folder, folder gone --------------------------------------------------------------------

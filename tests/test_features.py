@@ -1,5 +1,8 @@
 """Frames, windows and their cache."""
 
+import os
+import time
+
 import numpy as np
 import pytest
 import soundfile
@@ -96,6 +99,24 @@ def test_a_touched_file_and_a_damaged_cache_are_read_anew(tmp_path, cache):
     after = read_frames(open_corpus(str(tmp_path / "c")), "cpu")
     assert len(after[0]) > len(before[0])
     np.testing.assert_array_equal(after[1], before[1])
+
+
+def test_frames_that_nobody_uses_any_more_are_removed_when_others_are_kept(tones, cache):
+    corpus = open_corpus(str(tones))
+    days = 24 * 3600
+    for speed in (1.0, 1.1):
+        read_frames(corpus, "cpu", speed=speed)
+    long_ago = time.time() - (frontend.UNUSED + 1) * days
+    other = cache / "emodb.sha256"
+    other.touch()
+    for path in cache.iterdir():
+        os.utime(path, (long_ago, long_ago))
+    read_frames(corpus, "cpu")  # is used now
+    used = {path for path in cache.iterdir() if path.stat().st_mtime > long_ago + days}
+    assert len(used) == 1
+    read_frames(corpus, "cpu", speed=0.9)
+    assert used | {other} < set(cache.iterdir())
+    assert len(list(cache.iterdir())) == 3
 
 
 def test_what_another_decoder_reads_is_read_anew(tones, cache, monkeypatch):

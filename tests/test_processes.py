@@ -1,6 +1,7 @@
 """Whatever process the kernels and commands find themselves in, they work or say one clear line: no hang, no abort."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -168,7 +169,15 @@ def test_kernels_are_loaded_from_no_folder_that_others_can_write(tmp_path, monke
         cache_folder([])
 
 
-def test_memory_that_ends_is_one_line(capsys):
+@pytest.fixture
+def signals_restored():
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_memory_that_ends_is_one_line(capsys, signals_restored):
     def main():
         raise MemoryError("Unable to allocate 3 TiB")
 

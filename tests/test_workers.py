@@ -34,17 +34,19 @@ def numbers(out):
     return folds
 
 
-def test_two_processes_give_what_one_gives(tones, tmp_path):
+def test_two_processes_give_what_one_gives(tones, tmp_path, capfd):
     alone = run_module("npser.train", *SHORT, "--data", tones, "--out", tmp_path / "one")
     assert alone.returncode == 0, alone.stderr
     config = RunFolder.open(tmp_path / "one").config
     folder = RunFolder.open_or_create(tmp_path / "two", config)
-    checkpoint = str(folder.checkpoint_path(0, 1))
+    checkpoint = folder.checkpoint_path(0, 1)
+    checkpoint.write_bytes(b"damaged")
     jobs = [
-        workers.Job(str(tones), None, config, 0, fold, checkpoint if fold == 1 else None, {"threads": 1}, 1)
+        workers.Job(str(tones), None, config, 0, fold, str(checkpoint) if fold == 1 else None, {"threads": 1}, 1)
         for fold in range(3)
     ]
     workers.run_locally(jobs, folder, 2)
+    assert "r0f1.checkpoint.npz cannot be used" in capfd.readouterr().err  # said by the worker
     assert numbers(tmp_path / "one") == numbers(tmp_path / "two")
     assert len(numbers(tmp_path / "two")) == 3
     assert not list((tmp_path / "two").rglob("*checkpoint*"))
@@ -244,6 +246,24 @@ def test_dask_with_a_worker_killed_half_way_gives_what_one_process_gives(cluster
     assert victim.wait() == -signal.SIGKILL
     assert len(numbers(tmp_path / "two")) == 3
     assert numbers(tmp_path / "one") == numbers(tmp_path / "two")
+
+
+def test_a_cluster_that_has_lost_its_workers_is_named_and_the_next_one_goes_on(cluster, tones, tmp_path):
+    victim = cluster.worker()
+    cluster.wait_for(1)
+    command = [sys.executable, "-m", "npser.train", *SHORT, "--data", tones, "--out", tmp_path / "out"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.Popen([*command, "--dask", cluster.address], env=environment, stderr=subprocess.PIPE, text=True)
+    deserted = 0
+    for line in run.stderr:
+        if " for 1 worker on " in line:
+            victim.kill()
+        if line.startswith("no worker is left on"):
+            deserted += 1
+            cluster.worker()
+    assert run.wait(timeout=300) == 0
+    assert deserted == 1
+    assert len(numbers(tmp_path / "out")) == 3
 
 
 def test_dask_that_cannot_be_used(cluster, tones, tmp_path):
