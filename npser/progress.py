@@ -14,6 +14,7 @@ from npser.cli import answer_interruption
 from npser.foldresult import EpochResult
 
 ESTIMATE_AFTER = 3  # updates timed before the length of the run is estimated
+PAUSE = 20  # an update that takes so many times the mean contains a pause of the program: Ctrl-Z, a debugger
 
 
 def duration(seconds: float) -> str:
@@ -75,8 +76,9 @@ class Progress:
         first = self._fold_measured == 0
         self._fold_measured += updates
         if not first:  # the first step of a fold warms caches, or compiles: it says nothing of the others
+            most = PAUSE * updates * self.seconds / self.measured if self.measured >= ESTIMATE_AFTER else seconds
             self.measured += updates
-            self.seconds += seconds
+            self.seconds += min(seconds, most)
         if not self._announced and self.measured >= ESTIMATE_AFTER:
             self._announced = True
             rate = f"{1000 * self.seconds / self.measured:.0f} ms an update, measured on {self.measured} of them"

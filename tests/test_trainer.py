@@ -126,6 +126,17 @@ def test_time_left_counts_what_is_left_and_not_what_was_done_before():
     assert wanted in out.getvalue()
 
 
+def test_a_pause_of_the_program_hardly_lengthens_the_time_left():
+    out = io.StringIO()
+    progress = Progress(total=1000, stream=out)
+    progress.begin_fold("fold 0.0", 1000)
+    for seconds in [2.0] * 101 + [36000.0]:
+        progress.step(seconds, windows=32, loss=1.0, accuracy=0.5, epoch=1, epochs=1)
+    progress.epoch_done(EpochResult(1, 0.5, 0.75, 10.0), 2, 320)
+    # 100 updates of 2 s and one that counts as 40: 898 are left
+    assert "run 35 min 34 s" in out.getvalue()
+
+
 def test_live_line_on_a_terminal_is_rewritten_and_plain_elsewhere():
     for stream, live in ((Terminal(), True), (io.StringIO(), False)):
         clock = iter(np.arange(0, 100, 0.5))

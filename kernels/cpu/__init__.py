@@ -1,8 +1,9 @@
 """Every operation of `kernels.reference` for the CPU: Numba, float32, vector micro-kernels in the hot loops.
 
 simd.py is the vector language the kernels are written in; conv.py, conv_backward.py, pool.py, dense.py, lstm.py,
-elementwise.py and sgd.py hold the operations, winograd.py, matmul.py and sparse.py the algorithms behind them, each
-with its floor and how close it comes; strips.py cuts images, tools.py has the compiler's settings and its cache.
+lstm_gradients.py, elementwise.py and sgd.py hold the operations, winograd.py, matmul.py and sparse.py the algorithms
+behind them, each with its floor and how close it comes; strips.py cuts images, tools.py has the compiler's settings and
+its cache.
 
 Operands may have any strides (they are made contiguous); they must be float32, or a TypeError names the one that is
 not. What is changed in place (w and v of an update) must be C-contiguous.
@@ -29,7 +30,8 @@ from kernels.cpu.elementwise import (
     relu_forward,
     softmax,
 )
-from kernels.cpu.lstm import lstm_backward, lstm_forward, lstm_inference
+from kernels.cpu.lstm import lstm_forward, lstm_inference
+from kernels.cpu.lstm_gradients import lstm_backward
 from kernels.cpu.pool import maxpool2x2_backward, maxpool2x2_forward
 from kernels.cpu.sgd import sgd_update
 from kernels.cpu.stft import stft_magnitude_backward, stft_magnitude_forward

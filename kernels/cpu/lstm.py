@@ -1,10 +1,10 @@
 """The LSTM recurrence on the CPU: a whole sequence in one kernel, gates fused behind the recurrent product.
 
-Floor for z (B, T, 4H): 2*B*T*H*4H operations forward, the same backward. Sequences are independent, so each thread
-walks its share of them through all time steps, and no step waits for another thread. The recurrent weights are packed
-in the order of their use: a slice of them serves all sequences of the thread before the next one is touched, so that
-it is read from the second-level cache (all 4H*H weights fit there at H = 128) or once per step from beyond (H = 1024).
-The lstm network's training step at batch 32, a third of which is spent here, comes to 52 % of the peak.
+Floor for z (B, T, 4H): 2*B*T*H*4H operations. Sequences are independent, so each thread walks its share of them through
+all time steps, and no step waits for another thread. The recurrent weights are packed in the order of their use: a
+slice of them serves all sequences of the thread before the next one is touched, so that it is read from the second-
+level cache (all 4H*H weights fit there at H = 128) or once per step from beyond (H = 1024). The lstm network's training
+step at batch 32, a third of which is spent here, comes to 52 % of the peak.
 
 Packing pays over many steps of many sequences. Few of either leave wide layers (tdcnn: 4 steps, 16 MB of weights) to a
 product for each step, with the same sums in the same order. At inference, where nothing is kept for backward, input
@@ -23,22 +23,12 @@ import numba as nb
 import numpy as np
 
 from kernels.cpu.dense import dense_forward
-from kernels.cpu.matmul import (
-    COLUMNS,
-    VECS,
-    add_product_of_rows,
-    matmul,
-    matmul_transposed,
-    pack_all_columns,
-    transposed_panels,
-)
+from kernels.cpu.matmul import COLUMNS, add_product_of_rows, matmul, pack_all_columns
 from kernels.cpu.matmul import ROWS as STEPS
 from kernels.cpu.simd import LANES, REGISTERS, Emitter, Int, Ptr, kernel, sigmoid, tanh
 from kernels.cpu.tools import Array, as_float32, check_shapes, compiled, round_up, scratch, thread_id
 
 ROWS = 4 if REGISTERS == 32 else 2  # sequences in a forward tile: 4 * ROWS accumulators
-BACK_ROWS = 8 if REGISTERS == 32 else 4  # sequences in a backward tile: BACK_VECS * BACK_ROWS accumulators
-BACK_VECS = VECS
 UNITS = COLUMNS  # hidden units come in whole groups of this size
 WIDE = 512  # units whose recurrent weights do not fit in the second-level cache
 FEW = 8  # sequences, or steps, for which such weights are not worth packing
@@ -213,109 +203,10 @@ def _infer(x: Array, wx: Array, bias: Array, wh: Array, together: int, h: Array,
                             n += 1
 
 
-# --- backward ----------------------------------------------------------------------------------------------------
-
-
-@kernel
-def gate_gradients(
-    k: Emitter, dh: Ptr, dh_next: Ptr, dc: Ptr, c: Ptr, c_before: Ptr, gates: Ptr, dz: Ptr, units: Int, groups: Int
-) -> None:
-    """One step of one sequence: dz, and dc for the step before, from dh and what came back (dh_next, dc)."""
-    for n in k.range(groups):
-        u = n * LANES
-        i, f, g, o = (k.load(gates + u + units * m) for m in range(4))
-        tanh_c = tanh(k, k.load(c + u))
-        dh_t = k.load(dh + u) + k.load(dh_next + u)
-        dc_t = k.load(dc + u) + dh_t * o * (1.0 - tanh_c * tanh_c)
-        k.store(dz + u, dc_t * g * i * (1.0 - i))
-        k.store(dz + u + units, dc_t * k.load(c_before + u) * f * (1.0 - f))
-        k.store(dz + u + units * 2, dc_t * i * (1.0 - g * g))
-        k.store(dz + u + units * 3, dh_t * tanh_c * o * (1.0 - o))
-        k.store(dc + u, dc_t * f)
-
-
-def _back_tile(rows: int) -> Any:
-    @kernel
-    def tile(k: Emitter, dz: Ptr, dz_row: Int, wh_t: Ptr, depth: Int, dh: Ptr, dh_row: Int) -> None:
-        """dh = dz wh^T for `rows` sequences x UNITS units; depth = 4H."""
-        acc = [[k.var(0.0) for _ in range(BACK_VECS)] for _ in range(rows)]
-        for i in k.range(depth):
-            ws = [k.load(wh_t + i * UNITS + LANES * v) for v in range(BACK_VECS)]
-            for r in range(rows):
-                x = k.splat(dz + dz_row * r + i)
-                for v in range(BACK_VECS):
-                    acc[r][v] += x * ws[v]
-        for r in range(rows):
-            for v in range(BACK_VECS):
-                k.store(dh + dh_row * r + LANES * v, acc[r][v])
-
-    return tile
-
-
-back_many, back_one = _back_tile(BACK_ROWS), _back_tile(1)
-
-
-@compiled(parallel=True)
-def _backward(
-    dh: Array, gates: Array, c: Array, wh_t: Array, zeros: Array, dh_next: Array, dc: Array, dz: Array, threads: int
-) -> None:
-    """dh, c (B, T, H), gates, dz (B, T, 4H), wh_t (H/UNITS, 4H, UNITS), dh_next and dc (B, H), zero at the start."""
-    B, T, H = dh.shape
-    share = -(-B // threads)
-    for thread in nb.prange(threads):
-        first, end = thread * share, min(B, (thread + 1) * share)
-        for t in range(T - 1, -1, -1):
-            for n in range(first, end):
-                at = 4 * (n * T + t) * H
-                c_before = c.ctypes.data + at - 4 * H if t > 0 else zeros.ctypes.data
-                gate_gradients(
-                    dh.ctypes.data + at, dh_next.ctypes.data + 4 * n * H, dc.ctypes.data + 4 * n * H,
-                    c.ctypes.data + at, c_before, gates.ctypes.data + 4 * at, dz.ctypes.data + 4 * at, H, H // LANES,
-                )  # fmt: skip
-            if t == 0:
-                continue
-            for u in range(0, H, UNITS):
-                n = first
-                while n < end:
-                    dzs, w = dz.ctypes.data + 4 * (n * T + t) * 4 * H, wh_t.ctypes.data + 4 * u * 4 * H
-                    out = dh_next.ctypes.data + 4 * (n * H + u)
-                    if n + BACK_ROWS <= end:
-                        back_many(dzs, 4 * T * H, w, 4 * H, out, H)
-                        n += BACK_ROWS
-                    else:
-                        back_one(dzs, 4 * T * H, w, 4 * H, out, H)
-                        n += 1
-
-
-@compiled(parallel=True)
-def _gate_gradients(
-    dh: Array, t: int, gates: Array, c: Array, zeros: Array, dh_next: Array, dc: Array, dz: Array
-) -> None:
-    """Step t of all sequences; operands as in `_backward`."""
-    B, T, H = dh.shape
-    for n in nb.prange(B):
-        at = 4 * (n * T + t) * H
-        c_before = c.ctypes.data + at - 4 * H if t > 0 else zeros.ctypes.data
-        gate_gradients(
-            dh.ctypes.data + at, dh_next.ctypes.data + 4 * n * H, dc.ctypes.data + 4 * n * H, c.ctypes.data + at,
-            c_before, gates.ctypes.data + 4 * at, dz.ctypes.data + 4 * at, H, H // LANES,
-        )  # fmt: skip
-
-
-def _backward_by_steps(
-    dh: Array, gates: Array, c: Array, wh: Array, zeros: Array, dh_next: Array, dc: Array, dz: Array
-) -> None:
-    """`_backward` with a product for each step: the same sums in the same order."""
-    for t in range(dh.shape[1] - 1, -1, -1):
-        _gate_gradients(dh, t, gates, c, zeros, dh_next, dc, dz)
-        if t > 0:
-            dh_next = matmul_transposed(np.ascontiguousarray(dz[:, t]), wh)
-
-
 # --- the operations ----------------------------------------------------------------------------------------------
 
 
-def _pad_gates(x: Array, H: int, units: int) -> Array:
+def pad_gates(x: Array, H: int, units: int) -> Array:
     """(..., 4H) -> (..., 4*units): every gate padded with zeros; x itself where nothing is missing."""
     if units == H:
         return x
@@ -324,7 +215,7 @@ def _pad_gates(x: Array, H: int, units: int) -> Array:
     return padded.reshape(*x.shape[:-1], 4 * units)
 
 
-def _pad_units(x: Array, units: int, axis: int = -1) -> Array:
+def pad_units(x: Array, units: int, axis: int = -1) -> Array:
     """x padded with zeros to `units` along one axis; x itself where nothing is missing."""
     missing = units - x.shape[axis]
     if not missing:
@@ -334,21 +225,21 @@ def _pad_units(x: Array, units: int, axis: int = -1) -> Array:
     return np.pad(x, widths)
 
 
-def _cut_gates(x: Array, H: int, units: int) -> Array:
-    """The inverse of `_pad_gates`."""
+def cut_gates(x: Array, H: int, units: int) -> Array:
+    """The inverse of `pad_gates`."""
     if units == H:
         return x
     return np.ascontiguousarray(x.reshape(*x.shape[:-1], 4, units)[..., :H]).reshape(*x.shape[:-1], 4 * H)
 
 
-def _by_steps(B: int, T: int, H: int, units: int) -> bool:
+def by_steps(B: int, T: int, H: int, units: int) -> bool:
     """Is there a product for each step, because packing the weights would not pay?"""
     return units == H and H >= WIDE and min(B, T) <= FEW
 
 
 def _packed_gates(wh: Array, units: int) -> Array:
     """wh (H, 4H) in the order of its use: (units/LANES, units, 4, LANES)."""
-    square = _pad_units(_pad_gates(wh, len(wh), units), units, axis=0)
+    square = pad_units(pad_gates(wh, len(wh), units), units, axis=0)
     packed = scratch(units // LANES, units, 4, LANES)
     _pack_gates(square, packed)
     return packed
@@ -367,13 +258,13 @@ def lstm_forward(z: Array, wh: Array) -> tuple[Array, Array, Array]:
     H = wh.shape[0]
     check_shapes(z=(z, (B, T, 4 * H)), wh=(wh, (H, 4 * H)))
     units = round_up(H, UNITS)
-    z = _pad_gates(z, H, units)
+    z = pad_gates(z, H, units)
     h, c = np.empty((B, T, units), np.float32), np.empty((B, T, units), np.float32)
-    if _by_steps(B, T, H, units):
+    if by_steps(B, T, H, units):
         _forward_by_steps(z, wh, h, c)
     else:
         _forward(z, _packed_gates(wh, units), np.zeros((ROWS * T, units), np.float32), h, c, nb.get_num_threads())
-    return np.ascontiguousarray(h[..., :H]), np.ascontiguousarray(c[..., :H]), _cut_gates(z, H, units)
+    return np.ascontiguousarray(h[..., :H]), np.ascontiguousarray(c[..., :H]), cut_gates(z, H, units)
 
 
 def lstm_inference(x: Array, wx: Array, wh: Array, b: Array) -> Array:
@@ -387,29 +278,11 @@ def lstm_inference(x: Array, wx: Array, wh: Array, b: Array) -> Array:
         return lstm_forward(dense_forward(x.reshape(B * T, I), wx, b).reshape(B, T, 4 * H), wh)[0]
     units = round_up(H, UNITS)
     panels = scratch(4 * units // COLUMNS, I, COLUMNS)
-    pack_all_columns(_pad_gates(wx, H, units), panels)
+    pack_all_columns(pad_gates(wx, H, units), panels)
     groups = threads * -(-B // (threads * TOGETHER))
     together = -(-B // groups)
     steps = STEPS * (TOGETHER // together)
     h = np.empty((B, T, units), np.float32)
     pre, cells = scratch(threads, together, steps, 4 * units), scratch(threads, together, units)
-    _infer(_whole_steps(x), panels, _pad_gates(b, H, units), _packed_gates(wh, units), together, h, pre, cells)
+    _infer(_whole_steps(x), panels, pad_gates(b, H, units), _packed_gates(wh, units), together, h, pre, cells)
     return np.ascontiguousarray(h[..., :H])
-
-
-def lstm_backward(dh: Array, gates: Array, c: Array, wh: Array) -> Array:
-    """See `kernels.reference.lstm_backward`."""
-    dh, gates, c, wh = as_float32(dh=dh, gates=gates, c=c, wh=wh)
-    B, T, H = dh.shape
-    check_shapes(gates=(gates, (B, T, 4 * H)), c=(c, dh.shape), wh=(wh, (H, 4 * H)))
-    units = round_up(H, UNITS)
-    dh, gates, c = _pad_units(dh, units), _pad_gates(gates, H, units), _pad_units(c, units)
-    dz = np.empty_like(gates)
-    dh_next, dc = np.zeros((2, B, units), np.float32)
-    zeros = np.zeros(units, np.float32)
-    if _by_steps(B, T, H, units):
-        _backward_by_steps(dh, gates, c, wh, zeros, dh_next, dc, dz)
-    else:
-        wh_t = transposed_panels(_pad_units(_pad_gates(wh, H, units), units, axis=0))
-        _backward(dh, gates, c, wh_t, zeros, dh_next, dc, dz, nb.get_num_threads())
-    return _cut_gates(dz, H, units)
