@@ -6,6 +6,7 @@ folder under --out, which npser.report reads, too. Run again to go on after an i
 """
 
 import argparse
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from bench import protocol
 from npser.cli import Parser, computing, machine, run, set_threads
 from npser.document import Table, text_table
 from npser.foldresult import FoldResult, fold_result
-from npser.recipes import NAMES, Recipe, recipe_for
+from npser.recipes import Recipe, recipe_for
 from npser.runfolder import MAY_CHANGE, RunFolder
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 # Each training serves several experiments: the same networks, looked at in different ways.
 TRAININGS = {
-    "honest": ("honest", "best-epoch", "windows-scored"),
+    "honest": ("honest", "best-epoch", "windows-scored", "few-windows-voted"),
     "oversampled-first": ("oversampled-first",),
     "windows-split": ("windows-split", "windows-split-voted"),
 }
@@ -41,10 +42,23 @@ EXPERIMENTS = {
         "windows, not utterances, split into folds, so that test windows overlap with training windows of the same "
         "recording; single windows scored"
     ),
-    "windows-split-voted": "the same networks; the test windows of an utterance decide together",
+    "windows-split-voted": (
+        "the same networks; the test windows of an utterance, one in as many as there are folds, decide together"
+    ),
     "best-epoch": "honest training, but of all epochs the one with the best F1 on the test fold is kept",
     "windows-scored": "honest training, but single windows are scored, not utterances",
+    "few-windows-voted": (
+        "honest training, but the windows of an utterance are dealt into as many parts as there are folds, and each "
+        "part decides alone, by as few as in windows-split-voted"
+    ),
 }
+# Beside which experiment each is set: the one that differs in the practice alone.
+EQUALS = {"windows-split": "windows-scored", "windows-split-voted": "few-windows-voted"}
+CHANGE = (
+    "change: the mean difference from the experiment named before it, over the folds of the same numbers. Experiments "
+    "with honest's own networks test the same utterances in each; oversampled-first and windows-split deal theirs "
+    "anew, so that their changes mean little before all folds are done."
+)
 
 
 # --- the practices -----------------------------------------------------------------------------------------------
@@ -90,6 +104,21 @@ def voted(result: FoldResult) -> FoldResult:
     first = [names.index(name) for name in files]
     votes = vote(np.array([u.probabilities for u in result.utterances]), owner)
     return _result(result, votes, files, [result.utterances[i] for i in first])
+
+
+def voted_in_parts(result: FoldResult, parts: int, seed: int) -> FoldResult:
+    """The windows (name@frame) of each utterance, dealt into so many parts; each part one decision, name@number."""
+    import numpy as np
+
+    dealt = np.random.default_rng((seed, result.repeat, result.fold)).permutation(len(result.utterances))
+    names = [u.file.rsplit("@", 1)[0] for u in result.utterances]
+    seen: Counter[str] = Counter()
+    renamed = {}
+    for i in dealt.tolist():
+        renamed[i] = f"{names[i]}@{seen[names[i]] % parts}@"
+        seen[names[i]] += 1
+    utterances = [replace(u, file=f"{renamed[i]}{i}") for i, u in enumerate(result.utterances)]
+    return voted(replace(result, utterances=tuple(utterances)))
 
 
 def _result(result: FoldResult, votes: "Votes", files: Sequence[str], utterances: Sequence[Any]) -> FoldResult:
@@ -203,6 +232,7 @@ def experiments(options: argparse.Namespace, threads: int) -> list[RunFolder]:
         progress.begin_fold(f"{training} {fold.name}", count)
         if training == "honest":
             results = train_and_look(spoken, heard, fold, settings, progress, about)
+            results["few-windows-voted"] = voted_in_parts(results["windows-scored"], options.folds, options.seed)
         else:
             result = train_and_test(spoken, [heard], fold, settings, progress, None, about)
             results = {training: result}
@@ -214,10 +244,7 @@ def experiments(options: argparse.Namespace, threads: int) -> list[RunFolder]:
 
 
 def table(runs: "Sequence[Run]") -> Table:
-    """What each practice does to F1, beside the honest protocol; runs: one of each experiment, of the same settings.
-
-    The change is over the folds (by their numbers) that the experiment and the honest run both have.
-    """
+    """What each practice does to F1; runs: one of each experiment, of the same settings. See CHANGE."""
     import numpy as np
 
     from npser.metrics import average_f1
@@ -225,16 +252,17 @@ def table(runs: "Sequence[Run]") -> Table:
 
     made = {run[1]["experiment"]: run for run in runs if run[2]}
     f1 = {n: {(r.repeat, r.fold): average_f1(r.matrix("sum")) for r in folds} for n, (_, _, folds) in made.items()}
-    honest = f1.get("honest", {})
     rows = []
     for name in EXPERIMENTS:
         if name in made:
             s = summary_of(*made[name][1:])
-            changes = [value - honest[fold] for fold, value in f1[name].items() if fold in honest]
-            change = f"{100 * np.mean(changes):+.2f}" if changes else "-"
+            equal = EQUALS.get(name, "honest")
+            changes = [value - f1[equal][fold] for fold, value in f1[name].items() if fold in f1.get(equal, {})]
+            beside = (equal, f"{100 * np.mean(changes):+.2f}") if changes and name != "honest" else ("-", "-")
             figures = (s.average_f1.mean, s.average_f1.over_folds, s.uar.mean, s.accuracy.mean)
-            rows.append((name, str(s.folds), percent(figures[0]), change, *map(percent, figures[1:])))
-    header = ("experiment", "folds", "average F1", "change", "+- folds", "UAR", "accuracy")
+            shown = list(map(percent, figures))
+            rows.append((name, str(s.folds), shown[0], *beside, *shown[1:]))
+    header = ("experiment", "folds", "average F1", "beside", "change", "+- folds", "UAR", "accuracy")
     return Table("what each practice does, figures in per cent, means of the folds", header, tuple(rows))
 
 
@@ -246,11 +274,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     protocol.add_options(p, Path("runs/leakage"))
-    p.add_argument("--recipe", default="paper", choices=NAMES, help="(default: paper)")
     options = p.parse_args(arguments)
     threads = set_threads(options.threads, options.backend)
     with computing(options.backend):
         print(text_table(table([(f.path, f.config, f.load_folds()) for f in experiments(options, threads)])))
+        print(f"\n{fill(CHANGE, 110)}")
     return 0
 
 

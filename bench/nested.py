@@ -1,15 +1,18 @@
-"""python -m bench.nested: what the frozen settings owe to having been chosen on this corpus.
+"""python -m bench.nested: what it is worth to have chosen a configuration on this corpus.
 
 One frozen configuration was chosen on development data out of the training utterances of a few folds; of the other
 folds, some of those utterances are test utterances. Nested selection avoids that: for every fold, the choice among a
 few configurations is made anew, on a third of that fold's own training utterances; then a network with the chosen one
-is trained on all of them and tested. The difference from the frozen configuration's figures on the same folds is what
-was gained by looking.
+is trained on all of them and tested. The difference from the frozen configuration's figures on the same folds says
+what a choice among these few owes to the test utterances; of what was tried and is not among them it says nothing.
+The folds whose training utterances the frozen choice was made on come last: of those it never saw a test utterance.
 
 The run folder under --out can be read by npser.report. Run again to go on after an interruption.
 """
 
 import argparse
+import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from bench import protocol
 from npser.cli import Parser, computing, machine, run, set_threads
 from npser.document import Table, text_table
-from npser.errors import UserError
+from npser.errors import RunFailed, UserError
 from npser.foldresult import FoldResult
 from npser.packed import open_run
 from npser.recipes import Recipe, changed, describe, recipe_for
@@ -30,14 +33,36 @@ if TYPE_CHECKING:
 
 SHARE = 1 / 3  # of a fold's training utterances, held out to choose on
 LATE = 3  # a configuration's score is its mean F1 after so many last epochs
+DEVELOPED = {(0, 1), (0, 2)}  # folds of seed 0 in whose training utterances the recipes were chosen
 # What is chosen among, beside the recipe as it is: each a change of it.
-CANDIDATES = ("segment_hop=16,epochs=8", "standardisation=global")
+CANDIDATES = {
+    "paper": ("segment_hop=16,epochs=8", "standardisation=global"),
+    "best": ("epochs=8,speeds=", "speeds=,moving=False,final_rate=1"),
+}
 
 
 def candidates(recipe: Recipe, changes: Sequence[str]) -> list[Recipe]:
-    """The recipe, and it with each of the changes ("field=value,field=value")."""
-    made = [changed(recipe, dict(part.split("=", 1) for part in change.split(","))) for change in changes]
-    return [recipe, *made]
+    """The recipe, and it with each of the changes ("field=value,field=value"); UserError for two that are equal."""
+    made = [recipe]
+    for change in changes:
+        other = changed(recipe, _fields(change), "--candidate")
+        if other in made:
+            raise UserError(f"--candidate {change}: changes nothing, or is there already: leave it away")
+        made.append(other)
+    return made
+
+
+def usual_changes(name: str, recipe: Recipe) -> list[str]:
+    """Those of CANDIDATES that change this network's recipe of that name."""
+    return [change for change in CANDIDATES[name] if changed(recipe, _fields(change)) != recipe]
+
+
+def _fields(change: str) -> dict[str, str]:
+    """ "speeds=0.9,1.1,epochs=8" -> {"speeds": "0.9,1.1", "epochs": "8"}; UserError where that is not its form."""
+    parts = re.split(r",(?=\w+=)", change)
+    if not all("=" in part for part in parts):
+        raise UserError(f"--candidate {change}: FIELD=VALUE is wanted")
+    return dict(part.split("=", 1) for part in parts)
 
 
 def development_score(
@@ -81,11 +106,11 @@ def select(options: argparse.Namespace, threads: int) -> RunFolder:
 
     corpus = open_corpus(options.data)
     given = {name: getattr(options, name) for name in ("epochs", "segment_hop") if getattr(options, name)}
-    recipe = recipe_for("paper", options.arch, corpus.name == "demo", given)
-    chosen_among = candidates(recipe, options.candidate or CANDIDATES)
+    recipe = recipe_for(options.recipe, options.arch, corpus.name == "demo", given)
+    chosen_among = candidates(recipe, options.candidate or usual_changes(options.recipe, recipe))
     settings = [Settings(options.arch, options.backend, options.seed, "sum", candidate) for candidate in chosen_among]
     shape = options.folds, options.repeats
-    config = run_config(corpus, settings[0], "paper", "stratified", *shape, "float32", threads)
+    config = run_config(corpus, settings[0], options.recipe, "stratified", *shape, "float32", threads)
     about = {name: config[name] for name in ("backend", "threads", "versions")} | {"machine": machine()}
     config |= {"experiment": "nested", "candidates": [describe(candidate) for candidate in chosen_among]}
     config |= {"changes": options.candidate} if options.candidate else {}
@@ -94,6 +119,7 @@ def select(options: argparse.Namespace, threads: int) -> RunFolder:
     wanted = [fold for fold in folds if options.only in (None, (fold.repeat, fold.number))]
     finished = set(folder.finished())
     waiting = [fold for fold in wanted if (fold.repeat, fold.number) not in finished]
+    waiting.sort(key=lambda fold: (fold.repeat, fold.number) in DEVELOPED)
     spoken = {speeds: read_versions(corpus, "cpu", threads, speeds) for speeds in {s.recipe.speeds for s in settings}}
     frames = spoken[recipe.speeds][0]
     length = input_frames(options.arch)
@@ -112,7 +138,11 @@ def select(options: argparse.Namespace, threads: int) -> RunFolder:
         scores = []
         for number, candidate in enumerate(settings):
             progress.begin_fold(f"fold {fold.name}, candidate {number}", steps(fold, candidate, True))
-            scores.append(development_score(corpus, spoken[candidate.recipe.speeds], fold, candidate, progress))
+            try:
+                scores.append(development_score(corpus, spoken[candidate.recipe.speeds], fold, candidate, progress))
+            except RunFailed as error:  # it diverged: whoever chose would not choose it
+                progress.warn(f"    {error}")
+                scores.append(0.0)
             progress.say(f"    {describe(candidate.recipe)}: development F1 {100 * scores[-1]:.2f}")
         best = scores.index(max(scores))  # of equals the first: the recipe as it is
         progress.begin_fold(f"fold {fold.name}, chosen {best}", steps(fold, settings[best], False))
@@ -134,15 +164,21 @@ def table(config: Mapping[str, Any], results: Sequence[FoldResult], frozen: Sequ
     for r in results:
         figures = average_f1(r.matrix("sum")), known.get((r.repeat, r.fold), float("nan"))
         scores = [percent(score) for score in r.run["scores"]]
-        rows.append((f"{r.repeat}.{r.fold}", *scores, str(r.run["chosen"]), *map(percent, figures)))
+        beside = *map(percent, figures), _points(figures[0] - figures[1])
+        rows.append((f"{r.repeat}.{r.fold}", *scores, str(r.run["chosen"]), *beside))
         if not known or (r.repeat, r.fold) in known:  # the means are over the same folds
             both.append(figures)
     if both:
-        means = map(percent, map(float, np.mean(both, axis=0)))
-        rows.append((f"mean of {len(both)}", *["" for _ in config["candidates"]], "", *means))
+        nested, other = map(float, np.mean(both, axis=0))
+        beside = percent(nested), percent(other), _points(nested - other)
+        rows.append((f"mean of {len(both)}", *["" for _ in config["candidates"]], "", *beside))
     header = ("fold", *(f"dev {number}" for number in range(len(config["candidates"]))), "chosen")
     title = "; ".join(f"{number}: {candidate}" for number, candidate in enumerate(config["candidates"]))
-    return Table(title, (*header, "nested F1", "frozen F1"), tuple(rows))
+    return Table(title, (*header, "nested F1", "frozen F1", "difference"), tuple(rows))
+
+
+def _points(difference: float) -> str:
+    return "-" if math.isnan(difference) else f"{100 * difference:+.2f}"
 
 
 def differing(config: Mapping[str, Any], frozen: Mapping[str, Any]) -> list[str]:
@@ -166,13 +202,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--candidate",
         action="append",
         metavar="FIELD=VALUE[,FIELD=VALUE]",
-        help=f"a configuration to choose among, as changes of the paper recipe (default: {'; '.join(CANDIDATES)})",
+        help="a configuration to choose among, as changes of the recipe; may be repeated (default: of paper "
+        f"{'; '.join(CANDIDATES['paper'])}; of best {'; '.join(CANDIDATES['best'])})",
     )
     p.add_argument("--frozen", type=Path, metavar="RUN", help="the run of the frozen settings to stand beside")
     options = p.parse_args(arguments)
-    for change in options.candidate or ():
-        if any("=" not in part for part in change.split(",")):
-            raise UserError(f"--candidate {change}: FIELD=VALUE is wanted")
     threads = set_threads(options.threads, options.backend)
     with computing(options.backend):
         folder = select(options, threads)

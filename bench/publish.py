@@ -95,7 +95,8 @@ def publish(paths: Sequence[Path], runs: Path = RUNS, pictures: Path = PICTURES)
     for name in names:
         target = runs / f"{name}{SUFFIX}"
         own = [folder for folder in given if name_of(folder.config) == name]
-        together = merged([*own, *([unpack(target)] if target.exists() else [])])
+        # What is published stays what it is; the folder adds the folds that are new.
+        together = merged([*([unpack(target)] if target.exists() else []), *own])
         if len(together) > 1:
             raise UserError(
                 f"{target.name}: its settings or its decisions are not those of {own[0].path}: "
@@ -104,6 +105,12 @@ def publish(paths: Sequence[Path], runs: Path = RUNS, pictures: Path = PICTURES)
         folder, results = together[0]
         if not results:
             raise UserError(f"{folder.path}: no fold is finished yet: nothing to publish")
+        for result in results:
+            if (commit := origin(result)[0]).endswith("-dirty"):
+                raise UserError(
+                    f"{own[0].path}: fold {result.repeat}.{result.fold} was computed by a checkout with changes "
+                    f"({commit}), which nobody else has: commit them and compute it again"
+                )
         runs.mkdir(parents=True, exist_ok=True)
         pack(folder.config, results, target)
         written += [target, *draw(name, folder.config, results, pictures)]
@@ -220,7 +227,7 @@ def _speakers(published: Published) -> list[str]:
         shown = list(map(percent, figures))
         rows.append((_what(config), _done(config, results), shown[0], between, *shown[1:]))
         pictures.append(_pictures(name))
-    header = ("network", "folds done", "pooled UAR", "95 % interval", "pooled F1", "F1, mean of folds", "accuracy")
+    header = ("network", "folds done", "pooled UAR", "95 % interval", "pooled F1", "F1, classes' means", "accuracy")
     return [_titled(Table("Leave one speaker out, in per cent", header, tuple(rows))), *pictures] if rows else []
 
 
@@ -237,18 +244,19 @@ def _order(published: Published) -> list[str]:
 
 def _leakage(published: Published) -> list[str]:
     """A table for each network and its settings, then what each experiment does."""
-    from bench.leakage import EXPERIMENTS, table
+    from bench.leakage import CHANGE, EXPERIMENTS, table
 
     alike: dict[str, list[tuple[Path, Mapping[str, Any], list[FoldResult]]]] = {}
     for name, (config, results) in published.items():
         if config.get("experiment") in EXPERIMENTS:
-            same = {key: value for key, value in config.items() if key not in ("experiment", *MAY_CHANGE)}
+            own = {"experiment", *MAY_CHANGE} - {"backend", "precision"}
+            same = {key: value for key, value in config.items() if key not in own}
             alike.setdefault(json.dumps(same, sort_keys=True), []).append((Path(name), config, results))
     parts = []
     for runs in alike.values():
         shown = table(runs)
-        title = f"{_what(runs[0][1])}: {shown.title}; change: beside honest, over the folds that both have"
-        parts.append(_titled(Table(title, shown.header, shown.rows)))
+        parts.append(_titled(Table(f"{_what(runs[0][1])}: {shown.title}", shown.header, shown.rows)))
+        parts.append(CHANGE)
     present = {config["experiment"] for runs in alike.values() for _, config, _ in runs}
     said = "\n".join(f"- {name}: {what}" for name, what in EXPERIMENTS.items() if name in present)
     return [*parts, said] if parts else []
@@ -282,25 +290,46 @@ def command_of(config: Mapping[str, Any]) -> str:
     return shlex.join(words)
 
 
+def origin(result: FoldResult) -> tuple[str, str, str, str]:
+    """Where a fold comes from: commit, machine, threads, and how many folds were computed at once."""
+    commit = (result.run.get("versions") or {}).get("commit")
+    machine, threads, at_once = (result.run.get(key) for key in ("machine", "threads", "workers"))
+    return str(commit), str(machine), str(threads), str(at_once or 1)
+
+
+def spans(folds: Sequence[tuple[int, int]]) -> str:
+    """Folds (repeat, number) in words: 0.0 to 0.9, 1.0."""
+    runs: list[list[tuple[int, int]]] = []
+    for repeat, number in sorted(folds):
+        if runs and runs[-1][-1] == (repeat, number - 1):
+            runs[-1].append((repeat, number))
+        else:
+            runs.append([(repeat, number)])
+    ends = [[f"{repeat}.{number}" for repeat, number in dict.fromkeys((run[0], run[-1]))] for run in runs]
+    return ", ".join(" to ".join(both) for both in ends)
+
+
 def _provenance(published: Published) -> list[str]:
-    """Where the figures come from."""
+    """Where the figures come from: a line for all folds of a run that were computed alike."""
+    from bench.leakage import TRAININGS
+
     rows = []
     for name, (config, results) in published.items():
-        commits = dict.fromkeys(str((r.run.get("versions") or {}).get("commit")) for r in results)
-        machines = dict.fromkeys(str(r.run.get("machine")) for r in results)
-        threads = dict.fromkeys(str(r.run.get("threads")) for r in results)
-        hours = sum(max(r.run.get("seconds", 0.0), sum(e.seconds for e in r.epochs)) for r in results) / 3600
         recipe = "".join(f", with {k}={_spelt(v)}" for k, v in off_recipe(config).items() if k in _WITHOUT_OPTION)
-        made = (
-            command_of(config) + recipe,
-            ", ".join(commits),
-            str(config["seed"]),
-            ", ".join(machines),
-            ", ".join(threads),
-        )
-        rows.append((name, *made, f"{hours:.1f}", _done(config, results)))
-    header = ("run", "command", "commit", "seed", "machine", "threads", "hours", "folds done")
-    return [_titled(Table("Where these figures come from", header, tuple(rows), left=6))] if rows else []
+        alike: dict[tuple[str, ...], list[FoldResult]] = {}
+        for result in results:
+            alike.setdefault(origin(result), []).append(result)
+        for (commit, machine, threads, at_once), folds in alike.items():
+            hours = sum(max(r.run.get("seconds", 0.0), sum(e.seconds for e in r.epochs)) for r in folds) / 3600
+            made = (command_of(config) + recipe, commit, str(config["seed"]), machine, threads, at_once)
+            rows.append((name, *made, spans([(r.repeat, r.fold) for r in folds]), f"{hours:.1f}"))
+    header = ("run", "command", "commit", "seed", "machine", "threads", "at once", "folds", "hours")
+    parts = [_titled(Table("Where these figures come from", header, tuple(rows), left=8))] if rows else []
+    experiments = {config.get("experiment") for config, _ in published.values()}
+    shared = [" and ".join(names) for names in TRAININGS.values() if len(names) > 1 and experiments & {*names}]
+    if shared:
+        parts.append(f"One training each, whose hours stand in every line of it: {'; '.join(shared)}.")
+    return parts
 
 
 # --- the README --------------------------------------------------------------------------------------------------

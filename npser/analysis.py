@@ -199,6 +199,9 @@ def paired_folds(
 
         t = mean(d) / sqrt((1/J + n_test/n_train) var(d))        J folds, Student's t with J - 1 degrees of freedom
 
+    Folds of several repeats that tested the same utterances, as those of one speaker do, trained on the same ones, too:
+    they are one fold, with their mean difference.
+
     corpus: how many utterances there are; those that a fold does not test, it trains on.
     """
     from scipy.stats import t
@@ -207,8 +210,14 @@ def paired_folds(
     common = [(r, theirs[r.repeat, r.fold]) for r in a if (r.repeat, r.fold) in theirs]
     if len(common) < 2 or any({u.file for u in x.utterances} != {u.file for u in y.utterances} for x, y in common):
         return None
-    d = np.array([average_f1(x.matrix(vote_a)) - average_f1(y.matrix(vote_b)) for x, y in common])
-    tested = float(np.mean([len(x.utterances) for x, _ in common]))
+    differences: dict[frozenset[str], list[float]] = {}
+    for x, y in common:
+        tested_by_both = frozenset(u.file for u in x.utterances)
+        differences.setdefault(tested_by_both, []).append(average_f1(x.matrix(vote_a)) - average_f1(y.matrix(vote_b)))
+    if len(differences) < 2:
+        return None
+    d = np.array([np.mean(values) for values in differences.values()])
+    tested = float(np.mean([len(files) for files in differences]))
     variance = (1 / len(d) + tested / max(corpus - tested, 1)) * float(d.var(ddof=1))
     if variance == 0:
         return float(d.mean()), float(d.mean() == 0), len(d)

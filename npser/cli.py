@@ -13,6 +13,7 @@ import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -200,8 +201,12 @@ def computing(backend: str, precision: str = "float32") -> Iterator[None]:
         raise UserError(f"--backend {backend}: {error}") from error
 
 
+@lru_cache
 def versions() -> dict[str, Any]:
-    """The program, its commit if it runs from a checkout, and the packages that compute."""
+    """The program, its commit if it runs from a checkout, and the packages that compute.
+
+    Asked once in a process, early: what is committed later is not what it runs.
+    """
 
     def of(package: str) -> str | None:
         try:

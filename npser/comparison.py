@@ -104,10 +104,8 @@ def pairs(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
 
 
 def _paired_folds(a: Run, b: Run) -> tuple[float, float, int] | None:
-    """`paired_folds` where it applies: not where all repeats have one training set."""
+    """`paired_folds` of two runs."""
     (_, config_a, folds_a), (_, config_b, folds_b) = a, b
-    if "split" in (config_a.get("cv"), config_b.get("cv")):
-        return None
     tested = len({u.file for results in (folds_a, folds_b) for result in results for u in result.utterances})
     corpus = config_a.get("utterances", tested)  # old runs do not say
     return paired_folds(folds_a, folds_b, config_a["vote"], config_b["vote"], max(corpus, tested))

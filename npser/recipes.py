@@ -106,17 +106,20 @@ def describe(recipe: Recipe) -> str:
     return " ".join(said)
 
 
-def changed(recipe: Recipe, settings: Mapping[str, str]) -> Recipe:
-    """The recipe with some fields set anew from text. UserError for an unknown field or a value of another kind."""
+def changed(recipe: Recipe, settings: Mapping[str, str], option: str = "--set") -> Recipe:
+    """The recipe with some fields set anew from text. UserError for an unknown field or a value of another kind.
+
+    option: what the fields were given to, for that line.
+    """
     values: dict[str, Any] = {}
     for name, text in settings.items():
         if name not in asdict(recipe):
-            raise UserError(f"--set {name}: a recipe has {', '.join(asdict(recipe))}")
-        values[name] = _value(name, text)
+            raise UserError(f"{option} {name}: a recipe has {', '.join(asdict(recipe))}")
+        values[name] = _value(name, text, option)
     return replace(recipe, **values)
 
 
-def _value(name: str, text: str) -> Any:
+def _value(name: str, text: str, option: str) -> Any:
     kind = next(str(getattr(f.type, "__name__", f.type)) for f in fields(Recipe) if f.name == name)
     try:
         if kind == "str":
@@ -129,4 +132,4 @@ def _value(name: str, text: str) -> Any:
             return {"True": True, "False": False}[text]
         return int(text) if kind == "int" else float(text)
     except (ValueError, KeyError) as error:
-        raise UserError(f"--set {name}={text}: {kind} is wanted") from error
+        raise UserError(f"{option} {name}={text}: {kind} is wanted") from error

@@ -1,6 +1,7 @@
 """Intervals, hard utterances and paired tests, against what can be worked out by hand or by brute force."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -221,3 +222,7 @@ def test_folds_are_paired_with_the_corrected_t_test():
     statistic = d[:2].mean() / np.sqrt((1 / 2 + 1 / 3) * d[:2].var(ddof=1))
     np.testing.assert_allclose((mean, p, folds), (d[:2].mean(), 2 * t.sf(statistic, 1), 2), rtol=1e-9)
     np.testing.assert_allclose(paired_folds(b, a[:2], "sum", "sum", 40), (-mean, p, 2))
+
+    again = [replace(r, repeat=1) for r in a], [replace(r, repeat=1) for r in b]  # as --cv speaker repeats its folds
+    assert paired_folds([*a, *again[0]], [*b, *again[1]], "sum", "sum", 40) == paired_folds(a, b, "sum", "sum", 40)
+    assert paired_folds([a[0], again[0][0]], [b[0], again[1][0]], "sum", "sum", 40) is None  # as --cv split does

@@ -10,6 +10,7 @@ from bench import leakage
 from npser import train
 from npser.corpus import open_corpus
 from npser.crossval import make_folds
+from npser.foldresult import fold_result
 from npser.frontend import read_frames
 from npser.metrics import average_f1
 from npser.progress import Progress
@@ -66,6 +67,25 @@ def test_windows_of_an_utterance_decide_together(finished):
         np.testing.assert_allclose(u.probabilities, np.mean(own, axis=0), rtol=1e-5)
 
 
+def test_every_part_of_an_utterances_windows_decides_alone(finished):
+    windows = {"a.wav": 7, "b.wav": 1, "c.wav": 4}
+    names = [f"{file}@{8 * n}" for file, count in windows.items() for n in range(count)]
+    p = np.random.default_rng(0).dirichlet(np.ones(2), size=len(names))
+    decided = {"probabilities": p, "majority": p.argmax(axis=1), "epochs": (), "run": {}}
+    told = {"speakers": [""] * len(names), "truth": [int(name[0] != "a") for name in names], "files": names}
+    single = fold_result(repeat=0, fold=3, labels=("calm", "joy"), vote="sum", **decided, **told)
+    parts = leakage.voted_in_parts(single, 3, seed=0)
+    assert Counter(u.file.split("@")[0] for u in parts.utterances) == {"a.wav": 3, "b.wav": 1, "c.wav": 3}
+    assert {u.file: u.truth for u in parts.utterances}["c.wav@2"] == "joy"
+    for file, sizes in {"a.wav": (3, 2, 2), "b.wav": (1,), "c.wav": (2, 1, 1)}.items():
+        own = [next(u.probabilities for u in parts.utterances if u.file == f"{file}@{n}") for n in range(len(sizes))]
+        whole = p[[name.startswith(file) for name in names]].mean(axis=0)  # every window is in one part
+        np.testing.assert_allclose(np.average(own, axis=0, weights=sizes), whole)
+    assert leakage.voted_in_parts(single, 3, seed=1).utterances != parts.utterances
+    scored, few = (RunFolder.open(finished / name).load_fold(0, 0) for name in ("windows-scored", "few-windows-voted"))
+    assert few.utterances == leakage.voted_in_parts(scored, 2, seed=0).utterances
+
+
 def test_the_honest_experiment_is_what_the_ordinary_command_does(finished, tones, tmp_path):
     train.main(["--arch", "lstm", "--data", str(tones), *SHORT, "--out", str(tmp_path)])
     for fold in (0, 1):
@@ -89,8 +109,14 @@ def test_a_change_is_told_over_common_folds(finished):
         honest, best = (
             average_f1(RunFolder.open(finished / n).load_fold(0, fold).matrix("sum")) for n in ("honest", "best-epoch")
         )
-        assert shown["best-epoch"][3] == f"{100 * (best - honest):+.2f}"
-        assert shown["honest"][3] == "+0.00"
+        assert shown["best-epoch"][3:5] == ("honest", f"{100 * (best - honest):+.2f}")
+        assert shown["honest"][3:5] == ("-", "-")
+    folds = {
+        n: [100 * average_f1(r.matrix("sum")) for r in results] for (_, c, results) in runs for n in [c["experiment"]]
+    }
+    shown = {row[0]: row for row in leakage.table(runs).rows}
+    for split, equal in leakage.EQUALS.items():
+        assert shown[split][3:5] == (equal, f"{np.mean(np.subtract(folds[split], folds[equal])):+.2f}")
 
 
 def test_the_same_command_again_computes_only_what_is_missing(finished, tones, monkeypatch, capsys):

@@ -5,8 +5,9 @@ import pytest
 
 from bench import nested
 from npser import train
-from npser.errors import UserError
+from npser.errors import RunFailed, UserError
 from npser.metrics import average_f1
+from npser.recipes import NAMES, Recipe, recipe_for
 from npser.runfolder import RunFolder
 
 SHORT = ("--arch", "lstm", "--folds", "2", "--repeats", "1", "--epochs", "2", "--segment-hop", "40", "--threads", "1")
@@ -68,6 +69,47 @@ def test_the_table_stands_beside_the_frozen_run(finished, frozen, tones, capsys)
     printed = capsys.readouterr().out
     theirs = [average_f1(r.matrix("sum")) for r in RunFolder.open(frozen).load_folds()]
     assert f"{100 * np.mean(theirs):.2f}" in printed.splitlines()[-1]
+
+
+def test_a_candidate_that_diverges_is_not_chosen(tones, tmp_path, monkeypatch):
+    outcomes = iter([RunFailed("the training diverged"), 0.2, 0.1])
+
+    def score(*_):
+        if isinstance(outcome := next(outcomes), RunFailed):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(nested, "development_score", score)
+    nested.main([*SHORT, *CHOICE, "--data", str(tones), "--out", str(tmp_path), "--only", "0.0"])
+    run = RunFolder.open(tmp_path).load_fold(0, 0).run
+    assert (run["chosen"], run["scores"]) == (1, [0.0, 0.2, 0.1])
+
+
+def test_folds_that_the_frozen_choice_was_made_on_come_last(tones, tmp_path, monkeypatch):
+    done, save = [], RunFolder.save_fold
+    monkeypatch.setattr(nested, "development_score", lambda *_: 1.0)
+    monkeypatch.setattr(RunFolder, "save_fold", lambda self, result: (done.append(result.fold), save(self, result)))
+    four = ("--folds", "4", "--epochs", "1", "--segment-hop", "80")
+    nested.main([*SHORT, *four, *CHOICE, "--data", str(tones), "--out", str(tmp_path)])
+    assert done == [0, 3, 1, 2]
+
+
+def test_candidates_are_changes_of_the_recipe_and_of_each_other():
+    for name in NAMES:
+        for arch in ("cnn", "lstm", "tdcnn"):
+            recipe = recipe_for(name, arch, False, {})
+            made = nested.candidates(recipe, nested.usual_changes(name, recipe))
+            assert len(made) > 1
+            assert made[0] == recipe
+    assert nested.candidates(Recipe(), ["speeds=0.9,1.1,epochs=3"])[1] == Recipe(speeds=(0.9, 1.1), epochs=3)
+    for change, said in (
+        ("epochs=1", "--candidate epochs=1: changes nothing"),
+        ("epochs", "--candidate epochs: FIELD=VALUE"),
+        ("epochs=many", "--candidate epochs=many: int"),
+        ("colour=red", "--candidate colour: a recipe has"),
+    ):
+        with pytest.raises(UserError, match=said):
+            nested.candidates(Recipe(), [change])
 
 
 def test_another_frozen_run_is_refused(finished, frozen, tones, tmp_path):

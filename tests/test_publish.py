@@ -164,14 +164,47 @@ def test_the_tables_hold_every_run():
     }
     f1 = [np.nanmean([publish_f1(r) for r in part]) for part in (folds, folds[:2])]
     assert rows["honest"][1] == f"{100 * f1[1]:.2f}"
-    assert rows["windows-split"][2] == "-"  # the honest run beside it is another network's
-    assert rows["best-epoch"][2] == f"{100 * (publish_f1(best[0]) - publish_f1(folds[0])):+.2f}"  # their common fold
+    assert rows["windows-split"][2:4] == ["-", "-"]  # what is beside it is another network's
+    assert rows["best-epoch"][2:4] == [
+        "honest",
+        f"{100 * (publish_f1(best[0]) - publish_f1(folds[0])):+.2f}",
+    ]  # their common fold
     assert rows["cnn, paper recipe"][0] == "2 of 4"  # the last table with such a row: leave one speaker out
     assert f"| cnn, paper recipe | 4 of 50 | {100 * f1[0]:.2f} |" in text
     assert "86.06 (+-2.39)" in text
     assert "cnn-emodb-s0 - lstm-emodb-s0" in text
     assert "python -m npser.train --arch cnn --data emodb --cv speaker --repeats 1" in text
-    assert rows["cnn-emodb-s0"][-2:] == ["2.0", "4 of 50 |"]
+    assert rows["cnn-emodb-s0"][-2:] == ["0.0 to 0.1, 1.0 to 1.1", "2.0 |"]
+    assert text.endswith("best-epoch and windows-scored and few-windows-voted; windows-split and windows-split-voted.")
+
+
+def test_folds_that_were_computed_elsewhere_have_a_line_of_their_own():
+    folds = [some_fold(0, f) for f in range(5)]
+    elsewhere = {**folds[0].run, "machine": "another, machine", "threads": 1, "workers": 2}
+    folds[2:4] = [replace(r, run=elsewhere) for r in folds[2:4]]
+    lines = [line for line in publish.results_text({"cnn-emodb-s0": (config(), folds)}).splitlines() if " abc " in line]
+    assert [line.split(" | ")[-5:] for line in lines] == [
+        ["a machine", "2", "1", "0.0 to 0.1, 0.4", "1.5 |"],
+        ["another, machine", "1", "2", "0.2 to 0.3", "1.0 |"],
+    ]
+
+
+def test_what_a_changed_checkout_computed_is_not_published(tmp_path):
+    run = {"versions": {"commit": "abc-dirty"}}
+    save(tmp_path / "run", config(), [some_fold(0, 0), replace(some_fold(0, 1), run=run)])
+    with pytest.raises(UserError, match=r"fold 0\.1 was computed by a checkout with changes \(abc-dirty\)"):
+        publish.publish([tmp_path / "run"], tmp_path / "runs", tmp_path / "pictures")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_is_published_stays_what_it_is(tmp_path):
+    pytest.importorskip("matplotlib")
+    fold, runs, pictures = some_fold(0, 0), tmp_path / "runs", tmp_path / "pictures"
+    publish.publish([save(tmp_path / "one", config(), [fold])], runs, pictures)
+    again = replace(fold, run={**fold.run, "machine": "another"})
+    publish.publish([save(tmp_path / "two", config(), [again, some_fold(0, 1)])], runs, pictures)
+    ((_, folds),) = publish.shipped(runs).values()
+    assert [(r.fold, r.run["machine"]) for r in folds] == [(0, "a machine"), (1, "a machine")]
 
 
 def publish_f1(result):
@@ -217,8 +250,9 @@ def test_the_command_that_is_shown_makes_the_run_again(options):
     assert train._config(again, replace(corpus, name="emodb"), 1, False) == made
 
 
-def test_a_real_run_is_published(tones, tmp_path):
+def test_a_real_run_is_published(tones, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
+    monkeypatch.setattr("npser.runconfig.versions", lambda: {"commit": "abc"})  # whatever the checkout's state is
     short = ("--folds", "2", "--repeats", "1", "--epochs", "2", "--segment-hop", "40", "--threads", "1")
     train.main(["--arch", "lstm", "--data", str(tones), *short, "--out", str(tmp_path / "run")])
     publish.publish([tmp_path / "run"], tmp_path / "runs", tmp_path / "pictures")
