@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from npser.cli import Parser, machine, run, versions, whole
+from npser.cli import Parser, cores, machine, run, versions, whole
 from npser.errors import RunFailed, UserError
 
 TIMED = ("kernels", "train", "infer")  # sections that are compared with peers
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
-    threads = _threads(options.threads)
+    threads = cores(options.threads)
     if options.json:
         _check_writable(options.json)
     if options.section == "growth" and (options.quick or options.device != "cpu"):
@@ -74,13 +74,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         this.write_json()
     return 1 if this.faulty else 0
-
-
-def _threads(wanted: int | None) -> int:
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if wanted is not None and wanted > available:
-        raise UserError(f"--threads {wanted}: this machine has {available} cores: use at most so many")
-    return wanted or available
 
 
 def _require_gpu() -> None:

@@ -19,7 +19,8 @@ from typing import Any
 from npser.cli import Parser, computing, run, set_threads, versions, whole
 from npser.document import Table, text_table
 from npser.errors import RunFailed, UserError
-from npser.recipes import NAMES, RECIPES, Recipe, changed, describe
+from npser.files import require_place
+from npser.recipes import ARCHITECTURES, NAMES, RECIPES, Recipe, changed, describe
 
 TABLE = Path(__file__).parent / "results" / "development.csv"
 COLUMNS = (
@@ -36,9 +37,12 @@ def numbers(text: str) -> list[int]:
     """An argparse type: 0,3,5 or 0-9."""
     try:
         parts = [part.split("-") for part in text.split(",")]
-        return [n for part in parts for n in range(int(part[0]), int(part[-1]) + 1)]
+        listed = [n for part in parts for n in range(int(part[0]), int(part[-1]) + 1)]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 0,2 or 0-4") from None
+        listed = []
+    if not listed:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 0,2 or 0-4")
+    return listed
 
 
 def fraction(text: str) -> float:
@@ -53,7 +57,7 @@ def fraction(text: str) -> float:
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(prog="python -m bench.develop", description=__doc__)
-    p.add_argument("--arch", required=True, choices=("cnn", "lstm", "tdcnn"))
+    p.add_argument("--arch", required=True, choices=ARCHITECTURES)
     p.add_argument("--data", help="demo, emodb or a folder, as for npser.train; must be said, but for --summary")
     p.add_argument("--recipe", choices=NAMES, default="paper", help="the recipe to start from (default: paper)")
     p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field of the recipe")
@@ -88,8 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError("--data: which corpus? demo, emodb or a folder")
         if max(options.fold) >= options.folds:
             raise UserError(f"--fold {max(options.fold)}: there are folds 0 to {options.folds - 1}")
-        if not options.table.parent.is_dir():
-            raise UserError(f"--table {options.table}: there is no folder {options.table.parent}")
+        require_place(options.table, f"--table {options.table}")
         set_threads(options.threads, options.backend)
         with computing(options.backend):
             _trials(options, recipe)
@@ -199,8 +202,11 @@ def read(table: Path) -> list[dict[str, str]]:
     """All lines of the table, none where there is none."""
     if not table.exists():
         return []
-    with table.open(newline="") as file:
-        return list(csv.DictReader(file))
+    try:
+        with table.open(newline="") as file:
+            return list(csv.DictReader(file))
+    except OSError as error:
+        raise UserError(f"--table {table}: cannot be read ({error.strerror}): name another") from error
 
 
 def append(table: Path, lines: Sequence[Line]) -> None:

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from npser.cli import whole
 from npser.options import repeat_and_fold
-from npser.recipes import NAMES
+from npser.recipes import ARCHITECTURES, NAMES
 
 
 def add_options(p: ArgumentParser, out: Path) -> None:
     """Network, corpus, folds, and where results go: `out`, unless --out says otherwise."""
-    p.add_argument("--arch", default="cnn", choices=("cnn", "lstm", "tdcnn"), help="(default: cnn)")
+    p.add_argument("--arch", default="cnn", choices=ARCHITECTURES, help="(default: cnn)")
     p.add_argument("--data", default="demo", help="demo, emodb or a folder, as for npser.train (default: demo)")
     p.add_argument("--recipe", default="paper", choices=NAMES, help="(default: paper)")
     p.add_argument("--folds", type=whole(2), default=10, help="(default: 10)")

@@ -24,7 +24,7 @@ from npser.errors import UserError
 from npser.files import write_atomically
 from npser.foldresult import FoldResult
 from npser.packed import SUFFIX, Run, open_run, pack, unpack
-from npser.recipes import OPTIONS, Recipe, as_settings, recipe_for
+from npser.recipes import ARCHITECTURES, OPTIONS, Recipe, as_settings, recipe_for
 from npser.report import class_table, merged, paper_figure, percent, report, summary_of
 from npser.runfolder import MAY_CHANGE, RunFolder
 
@@ -33,7 +33,6 @@ README, RUNS, PICTURES = ROOT / "README.md", ROOT / "bench/results/runs", ROOT /
 BEGIN = "<!-- results: written by python -m bench.publish -->"
 END = "<!-- end of results -->"
 DRAWN = ("confusion", "curves")
-ARCHITECTURES = ("cnn", "lstm", "tdcnn")
 # Fields that only another recipe can change.
 _WITHOUT_OPTION = {field.name for field in fields(Recipe)} - {*OPTIONS, "share_windows"}
 
@@ -106,7 +105,7 @@ def publish(paths: Sequence[Path], runs: Path = RUNS, pictures: Path = PICTURES)
         if not results:
             raise UserError(f"{folder.path}: no fold is finished yet: nothing to publish")
         for result in results:
-            if (commit := origin(result)[0]).endswith("-dirty"):
+            if "-dirty" in (commit := origin(result)[0]):
                 raise UserError(
                     f"{own[0].path}: fold {result.repeat}.{result.fold} was computed by a checkout with changes "
                     f"({commit}), which nobody else has: commit them and compute it again"
@@ -292,9 +291,11 @@ def command_of(config: Mapping[str, Any]) -> str:
 
 def origin(result: FoldResult) -> tuple[str, str, str, str]:
     """Where a fold comes from: commit, machine, threads, and how many folds were computed at once."""
-    commit = (result.run.get("versions") or {}).get("commit")
+    commit = str((result.run.get("versions") or {}).get("commit"))
+    if begun_by := result.run.get("begun_by"):  # and resumed with another program, or elsewhere
+        commit += f", begun by {', '.join(map(str, begun_by))}"
     machine, threads, at_once = (result.run.get(key) for key in ("machine", "threads", "workers"))
-    return str(commit), str(machine), str(threads), str(at_once or 1)
+    return commit, str(machine), str(threads), str(at_once or 1)
 
 
 def spans(folds: Sequence[tuple[int, int]]) -> str:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
@@ -312,10 +312,3 @@ def first_step(workload: Workload, threads: int, kernels: Path) -> float:
         return time.monotonic() - began
     finally:
         worker.close()
-
-
-def missing_packages(candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, list[str]]]:
-    """Candidates that cannot run here, and what they lack."""
-    for candidate in candidates:
-        if missing := candidate.missing():
-            yield candidate, missing

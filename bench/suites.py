@@ -20,9 +20,9 @@ from bench.peers import (
     Sizes,
 )
 from bench.workloads import UPDATES, Workload, label_sizes
+from npser.recipes import ARCHITECTURES
 
 BATCHES = (1, 8, 32, 128)
-ARCHITECTURES = ("cnn", "lstm", "tdcnn")
 COLUMNS = {
     "kernels": (OURS, TORCH, TORCH_NHWC, TORCH_COMPILE, JAX, ONNX),
     "train": (OURS, TORCH, TORCH_NHWC, TORCH_LOOP, TORCH_COMPILE, JAX),
@@ -36,7 +36,7 @@ CUDA_COLUMNS = {
 }
 MEMORY = (OURS, TORCH, TORCH_LOOP)
 UTTERANCES, SEGMENT_HOP = 8, 8  # of the built-in corpus; frames from one window to the next
-CORPUS_HOP = {"cnn": 16, "lstm": 16, "tdcnn": 32}  # as training has it
+CORPUS_HOP = {"cnn": 16, "lstm": 16, "tdcnn": 32}  # the same, of a whole corpus
 
 
 def candidates(section: str, quick: bool, device: str = "cpu") -> list[Candidate]:

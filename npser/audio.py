@@ -101,7 +101,7 @@ def _resampled_blocks(path: str) -> Iterator[Samples]:
         if os.path.getsize(path) == 0:
             raise UserError(f"{path}: empty, it holds no bytes; copy it again")
         if is_cut_off(as_bytes(path)):
-            raise UserError(f"{path}: truncated, the header promises more data than the file holds; copy it again")
+            raise UserError(f"{path}: truncated, its container promises more than the file holds; copy it again")
         with _opened(path) as file:
             # The filter grows with the rate, less what it shares with ours: a damaged one would exhaust memory.
             odd = file.rate // math.gcd(max(file.rate, 1), SAMPLE_RATE) > 200_000
@@ -117,6 +117,8 @@ def _resampled_blocks(path: str) -> Iterator[Samples]:
                     raise UserError(f"{path}: holds samples that are too large to be resampled; export it again")
                 made += block.size
                 yield block
+    except PermissionError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): check its permissions") from error
     except (OSError, RuntimeError, TypeError) as error:  # soundfile raises all three; TypeError is for headerless .raw
         reason = " ".join(str(getattr(error, "error_string", error)).split())
         raise UserError(f"{path}: cannot be read as audio ({reason}); copy it again or convert it to WAV") from error

@@ -163,18 +163,23 @@ def whole(least: int, most: int = 2**63 - 1) -> Any:
     return parse
 
 
-def set_threads(wanted: int | None, backend: str) -> int:
-    """Pin Numba, and (before NumPy is imported) the BLAS that it brings; returns the number of threads."""
+def cores(wanted: int | None) -> int:
+    """How many cores to use, those that --threads wants or all; UserError where there are fewer."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if wanted is not None and wanted > available:
         raise UserError(f"--threads {wanted}: this machine has {count(available, 'cores')}: use at most so many")
-    threads = wanted or available
+    return wanted or available
+
+
+def set_threads(wanted: int | None, backend: str) -> int:
+    """Pin Numba, and (before NumPy is imported) the BLAS that it brings; returns the number of threads."""
+    threads = cores(wanted)
     # The compiled kernels do without BLAS; a pool of its threads would only spin on the cores that they need.
     for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
         os.environ[variable] = str(threads if backend == "reference" else 1)
-    import numba
-
     try:
+        import numba
+
         numba.set_num_threads(threads)
     except ValueError as error:
         layer = os.environ.get("NUMBA_THREADING_LAYER")

@@ -56,8 +56,10 @@ class Corpus:
         return tuple(sorted({u.speaker for u in self.utterances}))
 
 
-def open_corpus(which: str) -> Corpus:
+def open_corpus(which: str, option: str = "--data") -> Corpus:
     """List the corpus "demo", "emodb", the folder or the CSV file `which`. UserError if there is no usable one.
+
+    option: what it was given to, for that line.
 
     "emodb" is fetched if it is nowhere on this machine (RunFailed when that fails).
     """
@@ -66,9 +68,10 @@ def open_corpus(which: str) -> Corpus:
 
         return demo_corpus()
     if which == "emodb":
-        return _folder_corpus(_find_emodb())
+        return _folder_corpus(_find_emodb(), option)
     path = Path(which)
-    return _csv_corpus(path) if path.suffix.lower() == ".csv" and os.path.isfile(path) else _folder_corpus(path)
+    listed = path.suffix.lower() == ".csv" and os.path.isfile(path)
+    return _csv_corpus(path, option) if listed else _folder_corpus(path, option)
 
 
 def cross_corpus(train: Corpus, test: Corpus) -> Corpus:
@@ -126,16 +129,16 @@ def _find_emodb() -> Path:
     return cache
 
 
-def _folder_corpus(folder: Path) -> Corpus:
+def _folder_corpus(folder: Path, option: str) -> Corpus:
     """List a folder, by the file names of a known corpus if there are any, else by the folder that each lies in."""
     if not os.path.exists(folder):
-        raise UserError(f"--data {folder}: no such folder")
+        raise UserError(f"{option} {folder}: no such folder")
     if not folder.is_dir():
-        raise UserError(f"--data {folder}: not a folder; name the folder that holds the recordings, or a .csv file")
+        raise UserError(f"{option} {folder}: not a folder; name the folder that holds the recordings, or a .csv file")
     root = folder.resolve()
     names = sorted(audio_names(root))
     if not names:
-        raise UserError(f"--data {folder}: no audio file in it ({' '.join(AUDIO_SUFFIXES)})")
+        raise UserError(f"{option} {folder}: no audio file in it ({' '.join(AUDIO_SUFFIXES)})")
     layout = recognise(names)
     utterances: list[Utterance] = []
     skipped: list[str] = []
@@ -163,13 +166,13 @@ def _folder_corpus(folder: Path) -> Corpus:
             utterances.append(Utterance(path, name, "", "", name.split("/")[-2]))
     if not utterances:
         raise UserError(
-            f"--data {folder}: none of its {len(names)} audio files lies in an emotion folder; "
+            f"{option} {folder}: none of its {len(names)} audio files lies in an emotion folder; "
             "put each into a sub-folder named after its emotion"
         )
-    return _corpus(f"--data {folder}", layout.name if layout else root.name, utterances, skipped)
+    return _corpus(f"{option} {folder}", layout.name if layout else root.name, utterances, skipped)
 
 
-def _csv_corpus(file: Path) -> Corpus:
+def _csv_corpus(file: Path, option: str) -> Corpus:
     """List the recordings that a CSV file names: columns path and emotion, and speaker, text, split if it has them.
 
     Paths are relative to the CSV file. UserError, naming file and line, for a row that cannot be used.
@@ -182,12 +185,12 @@ def _csv_corpus(file: Path) -> Corpus:
             missing = [column for column in ("path", "emotion") if column not in columns]
             if missing:
                 raise UserError(
-                    f"--data {file}: its first line has no column {' and no column '.join(missing)}: "
+                    f"{option} {file}: its first line has no column {' and no column '.join(missing)}: "
                     "path,speaker,emotion[,text][,split] are wanted"
                 )
             rows = [(n, dict(zip(columns, row, strict=False))) for n, row in _csv_rows(lines, delimiter)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"--data {file}: cannot be read as CSV in UTF-8 ({error})") from error
+        raise UserError(f"{option} {file}: cannot be read as CSV in UTF-8 ({error})") from error
     utterances: list[Utterance] = []
     skipped: list[str] = []
     seen: set[str] = set()
@@ -196,19 +199,19 @@ def _csv_corpus(file: Path) -> Corpus:
         name = Path(cells["path"]).as_posix() if cells["path"] else ""
         path = file.resolve().parent / name
         if not name or not cells["emotion"]:
-            raise UserError(f"--data {file}: line {line} has no {'emotion' if name else 'path'}")
+            raise UserError(f"{option} {file}: line {line} has no {'emotion' if name else 'path'}")
         if not os.path.isfile(path):
-            raise UserError(f"--data {file}: line {line}: there is no file {path}")
+            raise UserError(f"{option} {file}: line {line}: there is no file {path}")
         if os.path.realpath(path) in seen:
-            raise UserError(f"--data {file}: line {line}: {name} is there twice")
+            raise UserError(f"{option} {file}: line {line}: {name} is there twice")
         seen.add(os.path.realpath(path))
         if "split" in columns and cells["split"] not in ("train", "test"):
             skipped.append(f"{name}: its split is {cells['split'] or 'empty'}, neither train nor test")
             continue
         utterances.append(Utterance(str(path), name, cells["speaker"], cells["text"], cells["emotion"], cells["split"]))
     if not utterances:
-        raise UserError(f"--data {file}: it names no recording that can be used")
-    return _corpus(f"--data {file}", file.stem, sorted(utterances, key=lambda u: u.name), skipped)
+        raise UserError(f"{option} {file}: it names no recording that can be used")
+    return _corpus(f"{option} {file}", file.stem, sorted(utterances, key=lambda u: u.name), skipped)
 
 
 def _csv_rows(lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:

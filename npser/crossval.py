@@ -129,7 +129,9 @@ def train_and_test(
     started = time.monotonic()
     targets = corpus.targets
     words = (settings.seed, fold.repeat, fold.number)
-    checkpoint = Checkpoint(checkpoint_path, f"{settings.arch} {words}", progress) if checkpoint_path else None
+    origin = f"{(about.get('versions') or {}).get('commit')} on {about.get('machine')}"
+    identity = f"{settings.arch} {words}"
+    checkpoint = Checkpoint(checkpoint_path, identity, progress, origin) if checkpoint_path else None
     try:
         model, task = prepare(versions, targets, fold.train, len(corpus.labels), settings, words)
         epochs = fit(model, task, progress, checkpoint)
@@ -140,7 +142,10 @@ def train_and_test(
     except RunFailed as error:
         raise RunFailed(f"fold {fold.name}: {error}") from error
     earlier = sum(epoch.seconds for epoch in checkpoint.resumed) if checkpoint else 0.0
-    return tested_fold(corpus, fold, settings, epochs, votes, {**about, "seconds": seconds_since(started, earlier)})
+    told = {**about, "seconds": seconds_since(started, earlier)}
+    if checkpoint and checkpoint.begun_by:
+        told["begun_by"] = checkpoint.begun_by
+    return tested_fold(corpus, fold, settings, epochs, votes, told)
 
 
 def seconds_since(started: float, earlier: float = 0.0) -> float:

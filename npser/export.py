@@ -5,7 +5,6 @@ statistics of the training data are part of it. Layers are translated one by one
 """
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from npser.cli import Parser, run
 from npser.errors import RunFailed, UserError
-from npser.files import replacing
+from npser.files import replacing, require_place
 from npser.modelfile import feature_settings
 from npser.models import Model, load_model
 from npser.scoring import standardisation
@@ -176,8 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     graph = Graph()
     if options.target.suffix != ".onnx":
         raise UserError(f"{options.target}: the file to write is called something.onnx")
-    if options.target.is_dir() or not os.access(options.target.resolve().parent, os.W_OK):
-        raise UserError(f"{options.target}: no file can be written there: choose another place")
+    require_place(options.target, str(options.target))
     model = load_model(options.model)
     try:
         made = build(graph, model)

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from kernels import host
 from kernels.reference import Array
+from npser.audio import FRAME as FRAME
 
-FRAME, HOP = 256, 128  # samples: 16 ms and 8 ms at 16 kHz
+HOP = 128  # samples: 8 ms at 16 kHz; FRAME has 16 ms
 BINS = 128
 FLOOR = 1e-3  # smallest magnitude, for samples in [-1, 1]: 16-bit quantisation noise lies at about 1e-4 per bin
 LOG_FLOOR = float(np.log(FLOOR))

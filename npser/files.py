@@ -69,6 +69,18 @@ def sweep(folder: Path, pattern: re.Pattern[str], older_than: float = 0.0) -> No
                         os.unlink(entry.path)
 
 
+def require_place(path: Path, what: str) -> None:
+    """UserError, beginning with `what`, unless a file can be written there: better now than after hours."""
+    place = os.path.realpath(path)  # where a link leads to
+    folder, name = os.path.split(place)
+    if len(os.fsencode(name)) > 200:  # with what is added to it until the file is whole
+        raise UserError(f"{what}: too long a name: use at most 200 bytes")
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise UserError(f"{what}: the folder {folder} is not there or cannot be written to")
+    if os.path.exists(place) and not os.path.isfile(place):
+        raise UserError(f"{what}: is there, and is no file: name another")
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all (`replacing`), to the disk.
 

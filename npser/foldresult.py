@@ -71,8 +71,8 @@ class FoldResult:
             raise ValueError("a label occurs twice")
         if self.vote not in VOTES:
             raise ValueError(f"the vote {self.vote!r} is neither sum nor majority")
-        if not all(math.isfinite(epoch.loss) and math.isfinite(epoch.accuracy) for epoch in self.epochs):
-            raise ValueError("a training loss or accuracy is not finite")
+        if not all(math.isfinite(x) for epoch in self.epochs for x in (epoch.loss, epoch.accuracy, epoch.seconds)):
+            raise ValueError("a training loss, accuracy or duration is not finite")
         if len({utterance.file for utterance in self.utterances}) != len(self.utterances):
             raise ValueError("an utterance occurs twice")
         for utterance in self.utterances:
@@ -140,7 +140,7 @@ class FoldResult:
             )
         except KeyError as error:
             raise damaged(source, f"{error} is missing") from error
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise damaged(source, str(error)) from error
 
 

@@ -43,7 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--all", action="store_true", help=f"list all skipped files, not only the first {_SHOWN}")
     options = parser.parse_args(arguments)
-    corpus = open_corpus(options.corpus)
+    if not options.corpus.strip():
+        raise UserError("PATH: is empty: name a corpus")
+    corpus = open_corpus(options.corpus, "PATH")
     for line in describe(corpus, None if options.all else _SHOWN):
         print(line)
     if not options.check:
@@ -114,7 +116,7 @@ def _durations(corpus: Corpus) -> str:
     text = (
         f"{duration(sum(seconds))} in all; {min(seconds):.2f} to {max(seconds):.2f} s, mean "
         f"{sum(seconds) / len(seconds):.2f} s; sampled at "
-        + ", ".join(f"{rate} Hz ({count})" for rate, count in rates.most_common())
+        + ", ".join(f"{rate} Hz ({files})" for rate, files in rates.most_common())
     )
     return text + (f"; {unreadable} could not be opened: --check says why" if unreadable else "")
 

@@ -10,7 +10,9 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-_AUDIO = r"\.(?i:wav|flac|ogg|mp3)"
+from npser.audio import AUDIO_SUFFIXES
+
+_AUDIO = rf"(?i:{'|'.join(map(re.escape, AUDIO_SUFFIXES))})"
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ every mean taken here.
 The zero-division rule, stated once:
 - A class with utterances in the test fold that was never predicted has precision 0, and F1 0.
 - A class without utterances in the test fold has nothing to be found: precision, recall and F1 are undefined (NaN).
-  This happens in leave-one-speaker-out folds only; stratified folds hold every class. False alarms into such a class
-  are not forgiven: they lower the recall of the class they belong to, the accuracy, and the pooled precision.
+  This happens where a speaker, or a given split, is what is tested; stratified folds hold every class. False alarms
+  into such a class are not forgiven: they lower the recall of the class they belong to, the accuracy, and the pooled
+  precision.
 """
 
 from collections.abc import Mapping, Sequence

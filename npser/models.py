@@ -35,8 +35,8 @@ from npser.layers import (
     Windows,
 )
 from npser.optim import SGD, Gradients
+from npser.recipes import ARCHITECTURES
 
-ARCHITECTURES = ("cnn", "lstm", "tdcnn")
 WINDOWS, WINDOW_HOP = 4, 8  # tdcnn: windows in a sample, and frames from one to the next (paper, Fig. 5)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from npser.cli import Parser, whole
 from npser.errors import UserError
-from npser.recipes import DEMO, NAMES, RECIPES
+from npser.recipes import ARCHITECTURES, DEMO, NAMES, RECIPES
 
 
 def repeat_and_fold(text: str) -> tuple[int, int]:
@@ -16,6 +16,13 @@ def repeat_and_fold(text: str) -> tuple[int, int]:
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form R.F, for instance 0.3: repeat 0, fold 3")
     return int(match[1]), int(match[2])
+
+
+def _place(text: str) -> Path:
+    """An argparse type: a path, not an empty one, which would be the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty: name a place")
+    return Path(text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--arch",
         required=True,
-        choices=("cnn", "lstm", "tdcnn"),
+        choices=ARCHITECTURES,
         help="cnn: two convolution blocks and a dense layer on windows of 128 frames (1 s); lstm: three LSTM layers "
         "over the same frames; tdcnn: four overlapping windows through the convolution blocks, then two LSTM layers",
     )
@@ -135,18 +142,18 @@ def parser() -> argparse.ArgumentParser:
     )
     how.add_argument(
         "--out",
-        type=Path,
+        type=_place,
         metavar="FOLDER",
         help="run folder, resumed if there (default: runs/<arch>-<corpus>-s<seed>; <corpus>-best with --recipe best; "
-        "with --cv none and -all at its end where a cross-validation is there already)",
+        "with --cv none, and -all at its end)",
     )
-    how.add_argument("--save", type=Path, metavar="MODEL.npz", help="with --cv none: where to save the model")
+    how.add_argument("--save", type=_place, metavar="MODEL.npz", help="with --cv none: where to save the model")
     how.add_argument(
         "--storage",
         default="float32",
         choices=("float32", "float16"),
-        help="with --cv none: how the model's parameters are stored; float16 halves the file (tdcnn: 587 MB), and what "
-        "that changes in its decisions is measured and printed (default: float32)",
+        help="with --cv none: how the model's parameters are stored; float16 makes half of the file (of tdcnn's 587 "
+        "MB), and what that changes in its decisions is measured and printed (default: float32)",
     )
     how.add_argument(
         "--score-from",
@@ -184,11 +191,20 @@ def read(arguments: Sequence[str] | None) -> argparse.Namespace:
         raise UserError(
             f"--share-windows {options.share_windows}: a sample of {options.arch} has one window: leave it out"
         )
+    if (options.share_windows or 1) > 1 and RECIPES[options.recipe][options.arch].moving:
+        raise UserError(
+            f"--share-windows {options.share_windows}: windows move in --recipe {options.recipe}, and have nothing in "
+            "common: leave one of the two out"
+        )
     if options.save and options.cv != "none":
         raise UserError("--save: a cross-validation has no single model to save: add --cv none")
     for name, given in (("--score-from", options.score_from), ("--storage float16", options.storage == "float16")):
         if given and options.cv != "none":
             raise UserError(f"{name}: a cross-validation has no single model to save: add --cv none")
+    if options.cv == "none" and options.vote != "sum":
+        raise UserError(
+            f"--vote {options.vote}: what --cv none saves decides by sum, as npser.predict does: leave it away"
+        )
     for name in ("only", "folds", "repeats"):
         if options.cv == "none" and getattr(options, name):
             raise UserError(f"--{name}: there are no folds with --cv none")

@@ -78,6 +78,6 @@ def unpack(path: Path) -> PackedRun:
         results = tuple(FoldResult.from_json(json.dumps(fold), path) for fold in folds)
         if any(list(result.labels) != config["labels"] for result in results):
             raise ValueError("its folds have other labels than its configuration")
-    except (OSError, EOFError, lzma.LZMAError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, EOFError, lzma.LZMAError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path}: not a packed run that can be read ({' '.join(str(error).split())[:200]})") from error
     return PackedRun(path, config, tuple(sorted(results, key=lambda r: (r.repeat, r.fold))))

@@ -2,6 +2,8 @@
 
 import html
 import io
+import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,7 @@ class _Canvas:
         self.plt, self.target = plt, target
         self.style = matplotlib.rc_context(_STYLE)
         self.figures: list[tuple[str, str]] = []
+        self.boxes = False  # drawn in the place of letters
 
     def __enter__(self) -> "_Canvas":
         try:
@@ -87,6 +90,8 @@ class _Canvas:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self.boxes:
+            print("--plots: boxes stand for letters that the font of the figures lacks", file=sys.stderr)
         self.style.__exit__(None, None, None)
         self.plt.close("all")
 
@@ -95,7 +100,14 @@ class _Canvas:
         for form in ("png", "svg"):
             data = io.BytesIO()
             metadata = dict.fromkeys(("Date", "Creator", "Format", "Type")) if form == "svg" else {}
-            figure.savefig(data, format=form, dpi=160, metadata=metadata)
+            with warnings.catch_warnings(record=True) as complaints:
+                warnings.filterwarnings("always", "Glyph .* missing from")
+                figure.savefig(data, format=form, dpi=160, metadata=metadata)
+            for complaint in complaints:
+                if "missing from" in str(complaint.message):
+                    self.boxes = True
+                else:
+                    warnings.warn_explicit(complaint.message, complaint.category, complaint.filename, complaint.lineno)
             files[form] = data.getvalue()
             write_atomically(self.target / f"{name}.{form}", files[form])
         self.plt.close(figure)

@@ -126,6 +126,8 @@ def find_inputs(arguments: Sequence[str], spool: Path) -> Iterator[Input | UserE
             if not names:
                 yield UserError(f"{argument}: no audio file in this folder")
             yield from (Input(os.path.join(argument, name), os.path.join(argument, name)) for name in names)
+        elif not argument:
+            yield UserError("an empty argument: name an audio file or a folder")
         else:
             yield Input(argument, argument)
 

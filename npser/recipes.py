@@ -11,6 +11,7 @@ from typing import Any
 
 from npser.errors import UserError
 
+ARCHITECTURES = ("cnn", "lstm", "tdcnn")
 NAMES = ("paper", "best")
 OPTIONS = ("epochs", "segment_hop", "batch_size")  # fields that have a place of their own in config.json
 _COUNTS = (*OPTIONS, "average_last")

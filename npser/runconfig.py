@@ -1,15 +1,16 @@
 """config.json: everything needed to repeat a run, and what tells one run from another."""
 
-import contextlib
 import hashlib
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from npser import features, synthetic
+from npser import synthetic
 from npser.audio import as_bytes
 from npser.cli import versions
 from npser.crossval import Settings
+from npser.errors import UserError
+from npser.modelfile import feature_settings
 from npser.optim import SGD
 from npser.recipes import as_settings, from_settings
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 def run_config(
     corpus: "Corpus", settings: Settings, recipe: str, cv: str, folds: int, repeats: int, precision: str, threads: int
 ) -> dict[str, Any]:
-    """The configuration of a cross-validation; recipe: the name of the recipe that the settings began with."""
+    """The configuration of a run; recipe: the name of the recipe that the settings began with."""
     sgd = SGD()
     return {
         "arch": settings.arch,
@@ -37,7 +38,7 @@ def run_config(
         "vote": settings.vote,
         "seed": settings.seed,
         "optimiser": {"lr": sgd.lr, "momentum": sgd.momentum, "decay": sgd.decay},
-        "features": {"frame": features.FRAME, "hop": features.HOP, "bins": features.BINS, "floor": features.FLOOR},
+        "features": feature_settings(),
         "backend": settings.backend,
         "precision": precision,
         "threads": threads,
@@ -56,9 +57,12 @@ def audio_sha256(corpus: "Corpus") -> str:
     digest = hashlib.sha256()
     for path in [u.path for u in corpus.utterances if u.path] or [synthetic.__file__]:
         if os.path.isfile(path):  # a pipe would be waited for; reading it as audio says what is wrong
-            with contextlib.suppress(OSError), open(as_bytes(path), "rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
+            try:
+                with open(as_bytes(path), "rb") as file:
+                    while block := file.read(1 << 20):
+                        digest.update(block)
+            except OSError as error:
+                raise UserError(f"{path}: cannot be read ({error.strerror}): check its permissions") from error
         digest.update(b"end of file")
     return digest.hexdigest()
 

@@ -28,10 +28,22 @@ from npser.foldresult import VOTES, FoldResult, damaged, json_text
 from npser.lock import Lock
 
 # What may differ between the start of a run and its resumption, or between machines that share its folds.
-MAY_CHANGE = ("vote", "backend", "precision", "threads", "versions")
+MAY_CHANGE = ("vote", "repeats", "backend", "precision", "threads", "versions")
 
 # Configuration keys that are spelt as options of npser.train in messages; any other key is shown under its own name.
-_OPTIONS = {"arch", "cv", "folds", "repeats", "recipe", "epochs", "batch_size", "segment_hop", "seed", "vote"}
+_OPTIONS = {
+    "arch",
+    "cv",
+    "folds",
+    "repeats",
+    "recipe",
+    "epochs",
+    "batch_size",
+    "segment_hop",
+    "share_windows",
+    "seed",
+    "vote",
+}
 _WORDS = {
     "utterances_sha256": "the list of utterances (SHA-256)",
     "audio_sha256": "what the recordings hold (SHA-256)",
@@ -85,11 +97,12 @@ class RunFolder:
             sweep(path, _SHARED_FILES)
             if (path / "config.json").exists():
                 old = _read_config(path)
-                _refuse_differences(path, old, new, frozenset(may_change))
-                folder.load_folds()
+                if only is not None or _holds_anything(path):  # with `only`, others may be about to
+                    _refuse_differences(path, old, new, frozenset(may_change))
+                    _refuse_fewer_repeats(path, folder.load_folds(), new)
                 if old == new:
                     return folder
-            elif folder.finished() or (path / "predictions.csv").exists():
+            elif folder.finished() or any((path / name).exists() for name in ("predictions.csv", "report.md")):
                 raise UserError(f"{path}: holds results, but no config.json that says whose: use another --out")
             write_atomically(path / "config.json", json_text(new))
         return folder
@@ -113,7 +126,10 @@ class RunFolder:
     def finished(self) -> list[tuple[int, int]]:
         """The finished folds, sorted: (repeat, fold)."""
         folds = self.path / "folds"
-        matches = [_FOLD_FILE.fullmatch(file.name) for file in folds.iterdir()] if folds.is_dir() else []
+        try:
+            matches = [_FOLD_FILE.fullmatch(file.name) for file in folds.iterdir()] if folds.is_dir() else []
+        except OSError as error:
+            raise UserError(f"{folds}: cannot be read ({error.strerror}): check its permissions") from error
         return sorted((int(match[1]), int(match[2])) for match in matches if match)
 
     def load_fold(self, repeat: int, fold: int) -> FoldResult:
@@ -183,6 +199,20 @@ def _refuse_differences(path: Path, old: Mapping[str, Any], new: Mapping[str, An
         raise UserError(f"{path}: {'; '.join(differences)}: use another --out, or the same options to resume")
 
 
+def _holds_anything(path: Path) -> bool:
+    """Whether a run has left more there than its configuration."""
+    return any(entry.name not in ("config.json", "folds", ".lock") for entry in path.iterdir()) or any(
+        (path / "folds").iterdir()
+    )
+
+
+def _refuse_fewer_repeats(path: Path, finished: Iterable[FoldResult], new: Mapping[str, Any]) -> None:
+    """A run may get more repeats, which leaves those that it has as they are; UserError where it would lose some."""
+    most = max((result.repeat + 1 for result in finished), default=0)
+    if most > new.get("repeats", most):
+        raise UserError(f"{path}: has folds of {most} repeats: use another --out, or --repeats {most} at least")
+
+
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings under dotted names: {"features": {"hop": 128}} -> {"features.hop": 128}."""
     flat: dict[str, Any] = {}
@@ -195,7 +225,8 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _option(key: str) -> str:
-    return f"--{key.replace('_', '-')}" if key in _OPTIONS else _WORDS.get(key, key)
+    name = key.removeprefix("training.")
+    return f"--{name.replace('_', '-')}" if name in _OPTIONS else _WORDS.get(key, key)
 
 
 def _shown(config: Mapping[str, Any], key: str) -> str:
@@ -208,11 +239,11 @@ def _shown(config: Mapping[str, Any], key: str) -> str:
 
 
 def config_fault(config: Mapping[str, Any]) -> str | None:
-    """What is wrong with the two keys that reading the folds needs, or None."""
+    """What is wrong with the keys that reading the folds and reporting them needs, or None."""
     labels = config.get("labels")
     if not isinstance(labels, list) or not labels or not all(isinstance(label, str) for label in labels):
         return "labels is not a list of names"
-    for key in ("folds", "repeats"):
+    for key in ("folds", "repeats", "utterances"):
         if not isinstance(config.get(key, 0), int):
             return f"{key} is not a number"
     try:

@@ -125,7 +125,7 @@ def _speaker(number: int) -> Speaker:
 
 
 def _utter(speaker: Speaker, style: Style, rng: np.random.Generator) -> NDArray[np.float32]:
-    """Synthesise random syllables: (samples,) float32, 1.2 to 4 s."""
+    """Synthesise random syllables: (samples,) float32, 1.3 to 3.8 s."""
     seconds = rng.uniform(1.3, 3.8)
     size = int(seconds * SAMPLE_RATE)
     times = np.arange(0, size + HOP, HOP) / SAMPLE_RATE  # of the control points
@@ -278,6 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m npser.synthetic",
         description="Write the built-in demonstration corpus as 16 kHz, 16-bit WAV files, one sub-folder per emotion, "
         "to be used with --data FOLDER.",
+        epilog="Exit status: 0 ok, 2 wrong use, or it cannot be written there.",
     )
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder to write to; created if missing")
     folder = parser.parse_args(argv).folder

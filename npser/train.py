@@ -5,7 +5,6 @@ threads is known, so that `--help` answers at once.
 """
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -40,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with computing(options.backend, options.precision):
         corpus = open_corpus(options.data)
         if options.test_data:
-            corpus = cross_corpus(corpus, open_corpus(options.test_data))
+            corpus = cross_corpus(corpus, open_corpus(options.test_data, "--test-data"))
         demo = corpus.name == "demo"
         config = _config(options, corpus, threads, demo)
         if options.cv == "none":
@@ -140,9 +139,10 @@ def _cross_validate(options: argparse.Namespace, corpus: "Corpus", config: dict[
             f"--only {options.only[0]}.{options.only[1]}: there are repeats 0 to {config['repeats'] - 1} "
             f"and folds 0 to {config['folds'] - 1}"
         )
-    folder = _open_folder(options, config)
     settings = settings_of(config)
+    # Before there is a run: a recording that cannot be used will be another one when the run begins.
     spoken = read_versions(corpus, config["backend"], config["threads"], settings.recipe.speeds)
+    folder = _open_folder(options, config)
     frames = spoken[0]
     length = input_frames(config["arch"])
     finished = set(folder.finished())
@@ -237,7 +237,7 @@ def _fit_everything(options: argparse.Namespace, corpus: "Corpus", config: dict[
     import numpy as np
 
     from npser.crossval import prepare, training_steps
-    from npser.files import sweep
+    from npser.files import require_place, sweep
     from npser.frontend import read_versions
     from npser.modelfile import score_of
     from npser.models import input_frames
@@ -247,16 +247,12 @@ def _fit_everything(options: argparse.Namespace, corpus: "Corpus", config: dict[
 
     score = _measured_score(options.score_from, config) if options.score_from else None
     config |= {"folds": 0, "repeats": 1}
-    folder = _open_folder(options, config)
-    path = options.save or folder.path / "model.npz"
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"--save {path}: the folder {path.parent} is not there or cannot be written to")
-    if path.exists() and not path.is_file():
-        raise UserError(f"--save {path}: is there, and is no file: name another")
-    if len(os.fsencode(path.name)) > 200:  # with what is added to it until the file is whole
-        raise UserError(f"--save {path}: too long a name: use at most 200 bytes")
+    if options.save:
+        require_place(options.save, f"--save {options.save}")
     settings = settings_of(config)
     spoken = read_versions(corpus, config["backend"], config["threads"], settings.recipe.speeds)
+    folder = _open_folder(options, config)
+    path = options.save or folder.path / "model.npz"
     frames = spoken[0]
     everything = np.arange(len(frames))
     total = training_steps(frames, corpus.targets, everything, input_frames(config["arch"]), settings)
@@ -309,12 +305,13 @@ def _measured_score(run: Path, config: dict[str, Any]) -> dict[str, Any]:
     results = folder.load_folds()
     if not results:
         raise UserError(f"--score-from {run}: no fold is finished there")
-    summary = summary_of(folder.config, results)
-    interval = uar_interval(speaker_matrices(results, folder.config["vote"]))
+    vote = "sum"  # as the model will decide, whatever the run's vote
+    summary = summary_of({**folder.config, "vote": vote}, results)
+    interval = uar_interval(speaker_matrices(results, vote))
     return {
         "cv": folder.config.get("cv"),
         "folds": len(results),
-        "vote": folder.config["vote"],
+        "vote": vote,
         "average_f1": summary.average_f1.mean,
         "uar": summary.uar.pooled,
         "uar_interval": [interval.low, interval.high] if interval else None,

@@ -91,7 +91,7 @@ def _corpus(
 
     corpus = open_corpus(data)
     if test_data:
-        corpus = cross_corpus(corpus, open_corpus(test_data))
+        corpus = cross_corpus(corpus, open_corpus(test_data, "--test-data"))
     if listing_sha256(corpus) != listing:
         raise UserError(f"--data {data}: the worker finds other utterances there than this machine")
     if audio_sha256(corpus) != audio:

@@ -26,6 +26,13 @@ def write(path, kind, coding):
     return path
 
 
+@pytest.mark.parametrize("content", [b".sndxx", b"RF64\xff\xff\xff\xffWAVEds64\x1c\0\0\0cut", b"OggS"])
+def test_a_header_that_is_cut_short_is_refused(tmp_path, content):
+    (tmp_path / "a.wav").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.wav: truncated"):
+        open_recording(tmp_path / "a.wav")
+
+
 @pytest.mark.parametrize(("name", "kind", "coding"), CONTAINERS)
 def test_half_a_file_is_refused_and_a_whole_one_is_not(tmp_path, name, kind, coding):
     path = write(tmp_path / name, kind, coding)

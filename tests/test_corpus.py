@@ -270,7 +270,7 @@ def test_linked_folders_are_followed_and_loops_end(place, tmp_path):
 
 
 def test_emodb_names_win_over_folders(place, tmp_path):
-    for name in ("calm/03a01Wa.wav", "calm/16b10Lb.WAV", "x/08a02Fc.wav", "09a04Nb.wav", "calm/other.wav"):
+    for name in ("calm/03a01Wa.wav", "calm/16b10Lb.WAV", "x/08a02Fc.aiff", "09a04Nb.wav", "calm/other.wav"):
         place(name)
     place("calm/03a01Xa.wav")  # no such emotion
     place("calm/03a01wa.wav")  # the letter is a capital
@@ -281,7 +281,7 @@ def test_emodb_names_win_over_folders(place, tmp_path):
         ("09a04Nb.wav", "09", "a04", "neutral"),
         ("calm/03a01Wa.wav", "03", "a01", "anger"),
         ("calm/16b10Lb.WAV", "16", "b10", "boredom"),
-        ("x/08a02Fc.wav", "08", "a02", "happy"),
+        ("x/08a02Fc.aiff", "08", "a02", "happy"),
     ]
     assert corpus.speakers == ("03", "08", "09", "16")
     assert corpus.targets.tolist() == [0, 1, 2, 3]

@@ -94,7 +94,7 @@ def test_test_utterances_are_never_read(tones, table, monkeypatch, augmented):
 @pytest.mark.parametrize(
     "wrong",
     [
-        *(("--set", "epochs"), ("--set", "epoch=3"), ("--set", "epochs=x"), ("--fold", "0,2")),
+        *(("--set", "epochs"), ("--set", "epoch=3"), ("--set", "epochs=x"), ("--fold", "0,2"), ("--fold", "5-2")),
         *(("--share", "1"), ("--share", "a"), ("--table", "absent/trials.csv")),
     ],
 )

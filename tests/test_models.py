@@ -9,8 +9,9 @@ import pytest
 from npser.corpus import PAPER_LABELS
 from npser.errors import UserError
 from npser.features import Standardisation
-from npser.models import ARCHITECTURES, build_model, input_frames, load_model, parameter_count
+from npser.models import build_model, input_frames, load_model, parameter_count
 from npser.optim import SGD
+from npser.recipes import ARCHITECTURES
 
 SMALL = {"filters": 4, "hidden": 8, "bins": 16}
 FEATURES = 4 * 4 * 4  # 16 x 16 pooled twice, 4 filters

@@ -176,6 +176,15 @@ def test_markdown_output(tmp_path, capsys):
     assert report.percent(0.5) == "50.00"
 
 
+def test_letters_that_the_font_lacks_are_one_line(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="the figures need matplotlib: pip install 'npser[plot]'")
+    folds = [make_fold(0, f, [0, 1, 1, 1], labels=("怒り", "anger")) for f in (0, 1)]
+    path = run_folder(tmp_path / "run", folds, labels=["怒り", "anger"])
+    assert main([str(path), "--plots"]) == 0
+    complaint, _ = capsys.readouterr().err.splitlines()
+    assert complaint == "--plots: boxes stand for letters that the font of the figures lacks"
+
+
 def test_names_with_dollar_signs_are_no_formulas(tmp_path):
     pytest.importorskip("matplotlib", reason="the figures need matplotlib: pip install 'npser[plot]'")
     labels = ("$a^$", "anger")

@@ -118,6 +118,15 @@ def test_environments(layer, variables):
     assert done.stdout == "(6, 3)\n"
 
 
+def test_no_threads_at_all_are_one_line():
+    command = [sys.executable, "-m", "npser.train", "--arch", "lstm"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "NUMBA_NUM_THREADS": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 2
+    assert "NUMBA_NUM_THREADS=0 allows fewer: unset it" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_threading_layer_that_is_not_there_is_one_line():
     if "tbb" in LAYERS:
         pytest.skip("TBB is installed")

@@ -46,6 +46,17 @@ def test_other_recordings_under_the_same_names_are_another_corpus(tones, tmp_pat
         train.main(command)
 
 
+def test_a_recording_that_cannot_be_read_is_named(tones, monkeypatch):
+    """Frames that are kept would let a run begin without it."""
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(UserError, match=r"high0\.wav: cannot be read \(Permission denied\): check its permissions"):
+        audio_sha256(open_corpus(str(tones)))
+
+
 @pytest.mark.parametrize("recipe", ["paper", "best"])
 def test_settings_survive_the_configuration(recipe):
     settings = Settings("cnn", "cpu", 3, "majority", RECIPES[recipe]["cnn"])

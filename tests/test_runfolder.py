@@ -2,6 +2,7 @@ import csv
 import errno
 import json
 import os
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from npser import runfolder
 from npser.errors import RunFailed, UserError
 from npser.files import write_atomically
 from npser.foldresult import EpochResult, FoldResult, fold_result
-from npser.runfolder import RunFolder
+from npser.runfolder import MAY_CHANGE, RunFolder
 
 LABELS = ["neutral", "anger", "fear"]
 CONFIG = {
@@ -236,6 +237,7 @@ def test_resuming_with_the_same_options(tmp_path):
 def test_every_difference_is_named_with_both_values(tmp_path):
     RunFolder.open_or_create(tmp_path, CONFIG | {"batch_size": 32, "recipe": "best"})
     before = (tmp_path / "config.json").read_bytes()
+    (tmp_path / "folds" / "r0f0.checkpoint.npz").write_bytes(b"state")
     changes = {"epochs": 10, "batch_size": 16, "features": {"hop": 64, "floor": 1e-5}, "segment_hop": 8}
     with pytest.raises(UserError) as caught:
         RunFolder.open_or_create(tmp_path, CONFIG | changes, may_change={"vote"})
@@ -247,8 +249,53 @@ def test_every_difference_is_named_with_both_values(tmp_path):
     assert (tmp_path / "config.json").read_bytes() == before
 
 
+def test_a_run_that_has_nothing_yet_may_become_another(tmp_path):
+    """Its options were wrong, or its recordings: it ended before there was anything to keep."""
+    RunFolder.open_or_create(tmp_path, CONFIG)
+    with pytest.raises(UserError, match="--epochs was"):  # another one may be at work on another fold
+        RunFolder.open_or_create(tmp_path, CONFIG | {"epochs": 1}, only=(0, 0))
+    RunFolder.open_or_create(tmp_path, CONFIG | {"epochs": 1})
+    assert RunFolder.open(tmp_path).config["epochs"] == 1
+    (tmp_path / "model.npz").write_bytes(b"a model")
+    with pytest.raises(UserError, match="--epochs was 1"):
+        RunFolder.open_or_create(tmp_path, CONFIG)
+
+
+def test_a_run_may_get_more_repeats_and_not_lose_any(tmp_path):
+    RunFolder.open_or_create(tmp_path, CONFIG | {"repeats": 1}, MAY_CHANGE).save_fold(make_fold(0, 1))
+    longer = RunFolder.open_or_create(tmp_path, CONFIG | {"repeats": 3}, MAY_CHANGE)
+    assert longer.finished() == [(0, 1)]
+    longer.save_fold(make_fold(1, 0))
+    assert RunFolder.open_or_create(tmp_path, CONFIG | {"repeats": 2}, MAY_CHANGE).config["repeats"] == 2
+    with pytest.raises(UserError, match="has folds of 2 repeats: use another --out, or --repeats 2 at least"):
+        RunFolder.open_or_create(tmp_path, CONFIG | {"repeats": 1}, MAY_CHANGE)
+    assert RunFolder.open(tmp_path).config["repeats"] == 2
+
+
+def test_a_folds_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    folder = RunFolder.open_or_create(tmp_path, CONFIG)
+
+    def refuse(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(tmp_path), "iterdir", refuse)
+    with pytest.raises(UserError, match=r"folds: cannot be read \(Permission denied\)"):
+        folder.finished()
+
+
+@pytest.mark.parametrize("damage", ['"loss": 1' + 400 * "0", '"seconds": NaN'])
+def test_figures_that_no_training_has_are_damage(tmp_path, damage):
+    folder = RunFolder.open_or_create(tmp_path, CONFIG)
+    folder.save_fold(make_fold())
+    path = folder.fold_path(0, 0)
+    name = damage.split(":")[0]
+    path.write_text(re.sub(rf"{name}: [0-9.e-]+", damage, path.read_text()))
+    with pytest.raises(UserError, match=r"r0f0\.json: damaged"):
+        folder.load_folds()
+
+
 def test_what_may_change_is_updated(tmp_path):
-    RunFolder.open_or_create(tmp_path, CONFIG | {"threads": 2})
+    RunFolder.open_or_create(tmp_path, CONFIG | {"threads": 2}).checkpoint_path(0, 0).write_bytes(b"state")
     changed = CONFIG | {"threads": 4, "vote": "majority"}
     with pytest.raises(UserError, match="--vote was sum, now majority"):
         RunFolder.open_or_create(tmp_path, changed, {"threads"})
@@ -263,6 +310,7 @@ def test_what_may_change_is_updated(tmp_path):
         ("[]", "not a JSON object"),
         ('{"labels": "neutral", "vote": "sum"}', "labels is not a list"),
         ('{"labels": ["neutral"], "vote": "best"}', "vote is neither"),
+        ('{"labels": ["neutral"], "vote": "sum", "utterances": null}', "utterances is not a number"),
         (b"\xff\xfe", "not UTF-8"),
     ],
 )
@@ -292,6 +340,10 @@ def test_a_folder_that_is_none_of_ours(tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match=r"holds results, but no config\.json"):
         RunFolder.open_or_create(tmp_path, CONFIG)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "report.md").write_text("of something else")
+    with pytest.raises(UserError, match=r"holds results, but no config\.json"):
+        RunFolder.open_or_create(tmp_path / "mine", CONFIG)
 
 
 def test_save_fold_brings_everything_up_to_date(tmp_path):

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from kernels import cpu  # noqa: F401 - before PyTorch, whose OpenMP would else not know that waiting is passive
-from npser.models import ARCHITECTURES, build_model, parameter_count
+from npser.models import build_model, parameter_count
 from npser.optim import SGD
+from npser.recipes import ARCHITECTURES
 
 torch = pytest.importorskip("torch")
 from bench.peers.torch_models import Twin, in_our_order  # noqa: E402 - needs PyTorch

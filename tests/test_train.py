@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -116,7 +117,7 @@ def test_other_options_in_the_same_folder_are_refused(finished, tones, option, v
 
 
 def kill_at_checkpoints(command, *checkpoints):
-    """SIGKILL as soon as all of these are there; their epochs then claim to have taken 1000 seconds."""
+    """SIGKILL as soon as all of these are there; their epochs then claim to be another machine's, of 1000 seconds."""
     process = start_module("npser.train", *command)
     deadline = time.monotonic() + 120
     while not all(path.exists() for path in checkpoints) and process.poll() is None and time.monotonic() < deadline:
@@ -130,6 +131,7 @@ def kill_at_checkpoints(command, *checkpoints):
         with np.load(path) as file:
             state = dict(file)
         state["epochs"][:, 3] = 1000
+        state["origins"] = np.array(["another commit on another machine"])
         np.savez(path, **state)
 
 
@@ -182,7 +184,9 @@ def test_folds_of_workers_go_on_from_their_checkpoints(tones, tmp_path):
     result = run_module("npser.train", *command)
     assert result.returncode == 0, result.stderr
     for fold in (0, 1):
-        assert json.loads((tmp_path / "out" / "folds" / f"r0f{fold}.json").read_text())["run"]["seconds"] > 1000
+        told = json.loads((tmp_path / "out" / "folds" / f"r0f{fold}.json").read_text())["run"]
+        assert told["seconds"] > 1000
+        assert told["begun_by"] == ["another commit on another machine"]
 
 
 def test_damaged_checkpoint_is_named_and_the_fold_starts_again(finished, tones, tmp_path):
@@ -304,10 +308,13 @@ def test_wrong_option_is_named_with_status_2(arguments, wanted, capsys):
         (("--cv", "speaker"), "--cv speaker"),
         (("--cv", "none"), "--folds: there are no folds"),
         (("--cv", "none", "--save", "/nowhere/m.npz"), "/nowhere"),
-        (("--cv", "none", "--save", "/"), "no file"),
+        (("--cv", "none", "--save", "/"), "is no file"),
         (("--cv", "none", "--save", "m" * 240), "too long a name"),
         (("--test-data", ""), "--test-data: is empty"),
-        (("--arch", "tdcnn", "--recipe", "best", "--share-windows", "2"), "share_windows is 2"),
+        (("--arch", "tdcnn", "--recipe", "best", "--share-windows", "2"), "--share-windows 2: windows move"),
+        (("--cv", "none", "--save", "m" * 300), "too long a name"),
+        (("--cv", "none", "--save", f"/tmp/{'m' * 300}/m.npz"), "is not there"),
+        (("--test-data", "/nowhere/at/all"), "--test-data /nowhere/at/all: no such folder"),
     ],
 )
 def test_bad_use_is_one_line_and_leaves_no_result(arguments, wanted, tones, tmp_path):
@@ -346,6 +353,22 @@ def test_unusable_recording_is_named_with_status_2(kind, tmp_path):
     assert result.stdout == ""
     assert result.stderr.count("\n") == 1
     assert "bad.wav" in result.stderr
+    assert not (tmp_path / "out").exists()  # the recording will be another one when it is there again
+
+
+def test_a_place_without_a_name_is_refused(tones, capsys):
+    for option in ("--out", "--save"):
+        with pytest.raises(SystemExit):
+            train.main([*WHOLE, "--data", str(tones), option, ""])
+        assert f"{option}: is empty" in capsys.readouterr().err
+
+
+def test_a_link_that_leads_nowhere_is_found_before_training(tones, tmp_path):
+    (tmp_path / "link.npz").symlink_to(tmp_path / "nowhere" / "x.npz")
+    options = ["--cv", "none", "--out", str(tmp_path / "out"), "--save", str(tmp_path / "link.npz")]
+    with pytest.raises(UserError, match="nowhere is not there"):
+        train.main([*WHOLE, "--data", str(tones), *options])
+    assert not (tmp_path / "out").exists()
 
 
 def test_unwritable_output_folder_is_named(tones, tmp_path):
@@ -432,6 +455,19 @@ def test_model_with_the_score_of_its_cross_validation_stored_as_float16(finished
     pack(folder.config, folder.load_folds(), tmp_path / "run.json.xz")
     packed = train._measured_score(tmp_path / "run.json.xz", dict(folder.config))
     assert packed["uar"] == model.cross_validation["uar"]
+    majority = {**folder.config, "vote": "majority"}
+    pack(
+        majority,
+        [replace(r, vote="majority", utterances=by_majority(r)) for r in folder.load_folds()],
+        tmp_path / "run.json.xz",
+    )
+    assert train._measured_score(tmp_path / "run.json.xz", majority) == packed  # the model decides by sum
+    with pytest.raises(UserError, match="--vote majority: what --cv none saves decides by sum"):
+        train.main([*map(str, options), "--vote", "majority"])
+
+
+def by_majority(result):
+    return tuple(replace(u, prediction=u.majority) for u in result.utterances)
 
 
 def test_a_model_on_everything_does_not_stand_in_the_way_of_its_cross_validation(finished, tones, tmp_path):

@@ -27,7 +27,6 @@ torch.set_num_interop_threads(1)
 
 _PRODUCTS = ("dense_forward", "dense_backward_input", "dense_update", "sgd", "lstm")  # library calls in every variant
 _IMAGES = ("conv_block", "conv3x3", "maxpool")
-_WHOLE = ("train", "memory", "infer", "label")
 _SMALL = ("relu", "dropout", "cross_entropy", "stft")
 NOT_WITH = {
     "nhwc": (*_PRODUCTS, *_SMALL),
