@@ -265,6 +265,60 @@ def test_a_kernel_that_the_driver_does_not_take_is_one_line():
     assert loaded._done((driver.CUresult.CUDA_SUCCESS, 5)) == 5
 
 
+def in_a_folder(code, **more):
+    """What a process prints that has all packages by PYTHONPATH alone, as after `pip install --target`.
+
+    Without site-packages of its own (-S), where Python and NVIDIA's libraries look for more than modules.
+    """
+    folders = {ROOT: 0} | {
+        os.path.dirname(os.path.dirname(importlib.util.find_spec(name).origin)): 0 for name in PACKAGES
+    }
+    environment = {key: value for key, value in os.environ.items() if not re.match("CUDA_|CONDA_|KERNELS_", key)}
+    environment |= {"PYTHONPATH": os.pathsep.join(map(str, folders))} | more
+    command = [sys.executable, "-S", "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+PACKAGES = ("numpy", "numba", "numba_cuda")
+
+
+@needs_numba_cuda
+@pytest.mark.parametrize("simulated", ["", "1"])
+def test_packages_in_a_folder_are_found(simulated):
+    """numba-cuda is there in the place of Numba's numba.cuda, and NVIDIA's libraries are those beside it."""
+    pytest.importorskip("cuda.bindings.nvjitlink", reason="nvJitLink is not installed")
+    code = """
+from kernels.cuda import device, elementwise, launching
+print(device.cuda.__file__)
+if not device.SIMULATED:
+    assert device.DIRECT, device.OBSTACLE
+    launching.assemble(device.KERNELS["dropout"].ptx((9, 0)), (9, 0))
+    print(*launching.libraries().values(), sep="\\n")
+"""
+    printed = in_a_folder(code, **({"NUMBA_ENABLE_CUDASIM": simulated} if simulated else {})).splitlines()
+    folder = os.path.dirname(importlib.util.find_spec("numba_cuda").origin)
+    assert printed[0].startswith(folder)
+    assert len(printed) == (1 if simulated else 3)
+    assert all(os.path.join(os.path.dirname(folder), "nvidia") in line for line in printed[1:])
+
+
+@needs_numba_cuda
+def test_numbas_own_cuda_is_one_line():
+    """Imported before numba-cuda could take its place; it does not know what kernels are compiled with."""
+    code = """
+import numba.cuda, kernels
+try:
+    kernels.rung("cuda")
+except kernels.Unavailable as error:
+    print(error)
+"""
+    printed = in_a_folder(code)
+    assert printed.count("\n") == 1
+    assert "not the package numba-cuda's" in printed
+
+
 @needs_numba_cuda
 def test_a_gpu_that_has_no_room_for_this_program_is_one_line(monkeypatch):
     """Other programs have all its memory, or it is theirs alone: the driver makes no context."""
@@ -499,7 +553,9 @@ def test_what_the_check_calls_a_disagreement():
 @needs_numba_cuda
 def test_only_one_module_imports_numba_cuda():
     pattern = re.compile(
-        r"^\s*(from numba import .*\bcuda\b|import numba\.cuda|from numba\.cuda|import numba_cuda)", re.M
+        r"^\s*(from numba import .*\bcuda\b|import numba\.cuda|from numba\.cuda|import numba_cuda)"
+        r"|import_module\(.numba\.cuda",
+        re.M,
     )
     files = [*ROOT.glob("kernels/**/*.py"), *ROOT.glob("npser/**/*.py")]
     assert [f.name for f in files if pattern.search(f.read_text())] == ["device.py"]

@@ -12,6 +12,7 @@ So Numba has it in all its versions; `tests/test_cuda.py` compares the slots wit
 cannot work (no nvJitLink), or KERNELS_CUDA_LAUNCHER=numba is set, Numba launches.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -30,16 +31,53 @@ SLOT = 8  # bytes
 ARRAY_SLOTS = 7
 
 
-def available() -> bool:
-    """Whether the driver and the linker can be reached."""
+# NVIDIA's libraries that this module and Numba need, and where their wheels for CUDA 13 and 12 have them.
+WHEELS = {
+    "nvJitLink": ("nvidia/cu[0-9]*/lib/libnvJitLink.so.*", "nvidia/nvjitlink/lib/libnvJitLink.so.*"),
+    "nvvm": ("nvidia/cu[0-9]*/lib/libnvvm.so.*", "nvidia/cuda_nvcc/nvvm/lib64/libnvvm.so*"),
+    "nvrtc": ("nvidia/cu[0-9]*/lib/libnvrtc.so.*", "nvidia/cuda_nvrtc/lib/libnvrtc.so.*"),
+}
+
+
+def load_libraries(folder: Path) -> None:
+    """Load NVIDIA's libraries from the wheels in this folder, the one in which numba-cuda lies.
+
+    cuda-pathfinder, which Numba asks for them, takes what is loaded already, and else looks into the interpreter's own
+    site-packages: not into a folder on PYTHONPATH, or with the libraries of another CUDA that a PyTorch has there.
+    """
+    for patterns in WHEELS.values():
+        for path in [path for pattern in patterns for path in sorted(folder.glob(pattern))][:1]:
+            with contextlib.suppress(OSError):
+                ctypes.CDLL(str(path.resolve()))
+
+
+def libraries() -> dict[str, str]:
+    """Version and place of the libraries that turn a kernel into machine code, or what is wrong with them."""
+    found = {}
+    for name, module in (("nvvm", "nvvm"), ("nvJitLink", "nvjitlink")):
+        try:
+            version = import_module(f"cuda.bindings.{module}").version()
+            path = import_module("cuda.pathfinder").load_nvidia_dynamic_lib(name).abs_path
+            found[name] = "{}.{}, {}".format(*version, path)
+        except Exception as error:
+            found[name] = _line(error)
+    return found
+
+
+def obstacle() -> str:
+    """Why kernels cannot be launched by the driver itself; nothing, if driver and linker can be reached."""
     if os.environ.get("KERNELS_CUDA_LAUNCHER") == "numba":
-        return False
+        return "KERNELS_CUDA_LAUNCHER"
     try:
         import_module("cuda.bindings.driver")
         import_module("cuda.bindings.nvjitlink").version()
-    except Exception:  # missing, too old, or without its library: each has its own way to say so
-        return False
-    return True
+    except Exception as error:  # missing, too old, or without its library: each has its own way to say so
+        return _line(error)
+    return ""
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def assemble(ptx: str, capability: tuple[int, int]) -> tuple[bytes, str]:
