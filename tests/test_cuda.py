@@ -265,6 +265,23 @@ def test_a_kernel_that_the_driver_does_not_take_is_one_line():
     assert loaded._done((driver.CUresult.CUDA_SUCCESS, 5)) == 5
 
 
+@needs_numba_cuda
+def test_ptx_that_is_newer_than_the_linker_is_assembled():
+    """The version that NVVM writes is not what a kernel needs; what the linker refuses, it says why."""
+    pytest.importorskip("cuda.bindings.nvjitlink", reason="nvJitLink is not installed")
+    from kernels.cuda import device, launching
+
+    for capability in CAPABILITIES:
+        ptx = ptx_of(device.KERNELS["sgd"], capability)
+        newer = re.sub(r"\.version .*", ".version 99.0", ptx)
+        assert newer != ptx
+        assert launching.assemble(newer, capability)[0] == launching.assemble(ptx, capability)[0]
+    for broken, capability in ((newer, (10, 0)), (ptx.replace("ld.param.u64", "ld.nowhere.u64"), (9, 0))):
+        line = r"^nvJitLink [\d.]+ refuses a kernel \([^\n]*\bline \d+[^\n]*\): update it$"
+        with pytest.raises(kernels.Unavailable, match=line):
+            launching.assemble(broken, capability)
+
+
 def in_a_folder(code, **more):
     """What a process prints that has all packages by PYTHONPATH alone, as after `pip install --target`.
 

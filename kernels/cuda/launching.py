@@ -86,9 +86,20 @@ def assemble(ptx: str, capability: tuple[int, int]) -> tuple[bytes, str]:
     options = ["-arch=sm_{}{}".format(*capability), "-verbose"]
     handle = nvjitlink.create(len(options), options)
     try:
+        # NVVM writes the newest version of PTX that it knows, which an nvJitLink of another CUDA may not know. All know
+        # 8.0, and no kernel has anything newer in it. GPUs of capabilities above 9.0 came with later versions.
+        if capability <= (9, 0):
+            ptx = re.sub(r"^\.version .*$", ".version 8.0", ptx, count=1, flags=re.MULTILINE)
         data = ptx.encode() + b"\0"
-        nvjitlink.add_data(handle, nvjitlink.InputType.PTX, data, len(data), "kernel")
-        nvjitlink.complete(handle)
+        try:
+            nvjitlink.add_data(handle, nvjitlink.InputType.PTX, data, len(data), "kernel")
+            nvjitlink.complete(handle)
+        except nvjitlink.nvJitLinkError as error:
+            log = bytearray(nvjitlink.get_error_log_size(handle))
+            nvjitlink.get_error_log(handle, log)
+            said = " ".join(log.decode(errors="replace").strip("\0").split())
+            version = "{}.{}".format(*nvjitlink.version())
+            raise Unavailable(f"nvJitLink {version} refuses a kernel ({said or error}): update it") from error
         code, log = bytearray(nvjitlink.get_linked_cubin_size(handle)), bytearray(nvjitlink.get_info_log_size(handle))
         nvjitlink.get_linked_cubin(handle, code)
         nvjitlink.get_info_log(handle, log)
