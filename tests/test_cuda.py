@@ -266,6 +266,36 @@ def test_a_kernel_that_the_driver_does_not_take_is_one_line():
 
 
 @needs_numba_cuda
+def test_a_thread_without_a_context_is_given_one(monkeypatch):
+    """Loading and launching where Numba has done nothing yet: once more, with its context; other faults stay faults."""
+    driver = pytest.importorskip("cuda.bindings.driver", reason="the driver's bindings are not installed")
+    from kernels.cuda import launching
+
+    asked, entered, refused = [], [], driver.CUresult.CUDA_ERROR_INVALID_CONTEXT
+
+    def answer(name):
+        def call(*arguments):
+            asked.append(name)
+            return (driver.CUresult.CUDA_SUCCESS if entered else refused, name)[: 1 if name == "cuLaunchKernel" else 2]
+
+        return call
+
+    names = ("cuModuleLoadData", "cuModuleGetFunction", "cuLaunchKernel")
+    there = types.SimpleNamespace(CUresult=driver.CUresult, **{name: answer(name) for name in names})
+    monkeypatch.setattr(launching, "import_module", lambda name: there)
+    loaded = launching.Loaded(b"code", "entry", ["q"], "relu", lambda: entered.append(1))
+    assert (asked, entered) == ([names[0], names[0], names[1]], [1])
+    entered.clear()
+    loaded.launch((1, 1, 1), 32, 0, 0, [5])
+    assert (asked[3:], entered) == ([names[2], names[2]], [1])
+    entered.clear()
+    refused = driver.CUresult.CUDA_ERROR_LAUNCH_FAILED
+    with pytest.raises(RuntimeError, match="refuses the kernel relu: CUDA_ERROR_LAUNCH_FAILED"):
+        loaded.launch((1, 1, 1), 32, 0, 0, [5])
+    assert (asked[5:], entered) == ([names[2]], [])
+
+
+@needs_numba_cuda
 def test_ptx_that_is_newer_than_the_linker_is_assembled():
     """The version that NVVM writes is not what a kernel needs; what the linker refuses, it says why."""
     pytest.importorskip("cuda.bindings.nvjitlink", reason="nvJitLink is not installed")

@@ -332,7 +332,7 @@ class Kernel:
         if self._loaded is None:
             capability = _capability()
             kept = launching.kept(self.name, capability, _versions(), lambda: self.ptx(capability))
-            self._loaded = launching.Loaded(*kept, self.kinds, self.name)
+            self._loaded = launching.Loaded(*kept, self.kinds, self.name, cuda.current_context)
         return self._loaded
 
     @property

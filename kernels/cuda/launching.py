@@ -181,12 +181,21 @@ class Arguments:
 class Loaded:
     """A kernel on the device."""
 
-    def __init__(self, code: bytes, entry: str, kinds: Sequence[str], name: str) -> None:
+    def __init__(self, code: bytes, entry: str, kinds: Sequence[str], name: str, enter: Callable[[], object]) -> None:
+        """enter: make the GPU's context the calling thread's."""
         self.driver = import_module("cuda.bindings.driver")
-        self.name, self.arguments = name, Arguments(kinds)
-        self.module = self._done(self.driver.cuModuleLoadData(code))
-        self.function = self._done(self.driver.cuModuleGetFunction(self.module, entry.encode()))
+        self.name, self.arguments, self._enter = name, Arguments(kinds), enter
+        self.module = self._done(self._call(self.driver.cuModuleLoadData, code))
+        self.function = self._done(self._call(self.driver.cuModuleGetFunction, self.module, entry.encode()))
         self._launch = self.driver.cuLaunchKernel
+
+    def _call(self, function: Callable[..., tuple[Any, ...]], *arguments: Any) -> tuple[Any, ...]:
+        """What the driver answers. A thread in which Numba has done nothing yet has no context, and gets it first."""
+        results = function(*arguments)
+        if results[0] and results[0] == self.driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
+            self._enter()
+            results = function(*arguments)
+        return results
 
     def _done(self, results: tuple[Any, ...]) -> Any:
         status, *values = results
@@ -203,12 +212,12 @@ class Loaded:
         arguments = self.arguments
         arguments.pack(arguments.memory, 0, *values)
         x, y, z = blocks
-        (status,) = self._launch(self.function, x, y, z, threads, 1, 1, shared, stream, arguments.address, 0)
-        if status:
-            self._done((status,))
+        results = self._call(self._launch, self.function, x, y, z, threads, 1, 1, shared, stream, arguments.address, 0)
+        if results[0]:
+            self._done(results)
 
     def allow_shared(self, size: int) -> bool:
         """Tell the driver that launches have so many bytes of dynamic shared memory; False if it refuses."""
         attribute = self.driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        (status,) = self.driver.cuFuncSetAttribute(self.function, attribute, size)
+        (status,) = self._call(self.driver.cuFuncSetAttribute, self.function, attribute, size)
         return bool(status == self.driver.CUresult.CUDA_SUCCESS)
