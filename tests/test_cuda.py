@@ -513,6 +513,8 @@ def test_the_check_of_a_gpu_tries_itself(tmp_path, tones):
         assert found["bench infer"]["section failed"] == "exit status 2: see log.txt"
         assert "the simulator is for tests" in (out / "log.txt").read_text()
         assert found["launching"]["agrees"] is True
+        assert found["launching"]["not by the driver"] == {"because": "NUMBA_ENABLE_CUDASIM", "agrees": True}
+        assert found["launching"]["libraries"].keys() == {"nvvm", "nvJitLink"}
         operations = [value for value in found["parity float32"].values() if isinstance(value, dict)]
         assert len(operations) == 2 * 5 + 2 * 3 + 2 * 2 + 6
         assert all(operation["agrees"] for operation in operations)
@@ -564,6 +566,59 @@ gpu_check.main()
     wrong = [name for name, value in found.items() if isinstance(value, dict) and not value["agrees"]]
     assert wrong, found
     assert all(name.startswith(poisoned) for name in wrong)
+
+
+@needs_numba_cuda
+def test_the_check_says_why_the_driver_does_not_launch(tmp_path, monkeypatch):
+    """As where nvJitLink is missing: a disagreement, unless Numba's launcher was asked for."""
+    from bench import gpu_check
+    from kernels.cuda import arrays, device, lstm
+
+    there = types.SimpleNamespace(device_name=lambda: "GPU", relu_forward=lambda x: np.maximum(x, 0))
+    monkeypatch.setattr(kernels, "rung", lambda name: there)
+    monkeypatch.setattr(arrays, "asarray", lambda x: x)
+    monkeypatch.setattr(arrays, "asnumpy", lambda x: x)
+    monkeypatch.setattr(lstm, "_sequence_memory", lambda *arguments: (0, 0, 48))
+    monkeypatch.setattr(device, "synchronise", lambda: None)
+    for direct, obstacle, wrong in (
+        (True, "", []),
+        (False, "RuntimeError: no nvJitLink", ["not by the driver"]),
+        (False, "KERNELS_CUDA_LAUNCHER", []),
+    ):
+        monkeypatch.setattr(device, "DIRECT", direct)
+        monkeypatch.setattr(device, "OBSTACLE", obstacle)
+        results = gpu_check.check_launching()
+        assert results["agrees"] is True
+        assert results.get("not by the driver", {}).get("because", "") == obstacle
+        assert list(gpu_check.disagreements(results)) == wrong
+        check = gpu_check.Check(gpu_check.parser().parse_args(["--out", str(tmp_path)]))
+        check.results["launching"] = results
+        assert check.wanted("launching") == bool(wrong)  # in a later call: there may be one by then
+        check.results["launching"] = {"agrees": False}
+        assert check.wanted("launching")
+
+
+def test_the_check_measures_before_it_calls_the_sanitizer(tmp_path, monkeypatch):
+    """Six runs of a minute, of which memcheck alone reports what the driver refuses, and is told not to."""
+    from bench import gpu_check
+
+    names = list(gpu_check.SECTIONS)
+    sanitized = [f"{tool} {precision}" for tool, precision in gpu_check.SANITIZED]
+    assert names[-len(sanitized) :] == sanitized
+    assert sanitized[0] == "memcheck float32"
+    assert names[0] == "launching"
+    assert names.index("ten steps tdcnn") < names.index("bench train lstm")
+    (tmp_path / "compute-sanitizer").write_text("#!/bin/sh\n")
+    (tmp_path / "compute-sanitizer").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    check = gpu_check.Check(gpu_check.parser().parse_args(["--out", str(tmp_path / "out")]))
+    commands = []
+    monkeypatch.setattr(check, "run", lambda command, limit: (commands.append(command), (0, "{}"))[1])
+    for name in sanitized:
+        check.section(name)
+    assert [tuple(command[3:5]) == ("--report-api-errors", "no") for command in commands] == [True, True] + [False] * 4
+    assert all(command[1] == "--tool" for command in commands)
+    assert [command[-1] for command in commands] == ["small float32", "small tf32"] * 3
 
 
 def test_the_check_ends_what_a_section_leaves_behind(tmp_path):
