@@ -1,15 +1,16 @@
 """python bench/gpu_check.py: everything that only a GPU can tell, in one call.
 
-Run it from the repository's root, on a machine with an NVIDIA GPU, numpy, numba, numba-cuda and scipy; nothing has to
-be installed; soundfile, PyTorch, JAX and compute-sanitizer may be missing. In this order, within --time seconds:
+Run it from the repository's root, on a machine with an NVIDIA GPU, numpy, numba, numba-cuda and scipy, which may lie in
+a folder on PYTHONPATH; nothing has to be installed; soundfile, PyTorch, JAX and compute-sanitizer may be missing. In
+this order, within --time seconds:
 
-- launching: how kernels are launched, and how long that takes; where launching through the driver fails, everything
-  after it goes through Numba's launcher;
+- launching: how kernels are compiled and launched, and how long that takes; where launching through the driver fails,
+  or is not possible, that is a disagreement, and everything after it goes through Numba's launcher;
 - parity: every operation at the paper's sizes against the reference, in float32 and TF32; the losses of ten training
   steps of each network beside the cpu's;
-- sanitizer: small operations under compute-sanitizer (memcheck, racecheck, synccheck), where it is found;
 - bench: `python -m bench --device cuda` of training steps, inference and kernels, beside PyTorch and JAX: about ten
   minutes, so that `--only` for the sections that matter most, and a second call, are worth a thought;
+- sanitizer: small operations under compute-sanitizer (memcheck, racecheck, synccheck), where it is found;
 - cross-validation of lstm, cnn and tdcnn on the recordings in --wavs, for as long as is left.
 
     python bench/gpu_check.py --out results --wavs path/to/emodb --time 570
@@ -84,7 +85,7 @@ def check_launching() -> Results:
     import numpy as np
 
     import kernels
-    from kernels.cuda import arrays, device, lstm
+    from kernels.cuda import arrays, device, launching, lstm
 
     started = time.perf_counter()
     k = kernels.rung("cuda")
@@ -92,6 +93,10 @@ def check_launching() -> Results:
     there = arrays.asarray(x)
     agrees = bool(np.array_equal(arrays.asnumpy(k.relu_forward(there)), np.maximum(x, 0)))
     results: Results = {"agrees": agrees, "by the driver": device.DIRECT, "gpu": k.device_name()}
+    results["libraries"] = launching.libraries()
+    if not device.DIRECT:  # Numba launches: slower, and with less shared memory; not what is to be measured
+        chosen = device.SIMULATED or "KERNELS_CUDA_LAUNCHER" in device.OBSTACLE
+        results["not by the driver"] = {"because": device.OBSTACLE, "agrees": chosen}
     results["seconds to the first result"] = round(time.perf_counter() - started, 2)
     # Below 48 KB plus a little, the driver has granted no more: see kernels.cuda.lstm.
     results["shared memory of lstm_sequence"] = lstm._sequence_memory(lstm._lstm_sequence, lstm.SEQUENCE_UNITS)[2]
@@ -233,8 +238,8 @@ BENCHED = {
 }
 SECTIONS = (
     *(name for name in CHECKS if not name.startswith("small")),
-    *(f"{tool} {precision}" for tool, precision in SANITIZED),
     *BENCHED,
+    *(f"{tool} {precision}" for tool, precision in SANITIZED),
 )
 
 
@@ -308,7 +313,9 @@ class Check:
     def wanted(self, name: str) -> bool:
         """Whether a section is asked for and was not finished by an earlier call."""
         only, before = self.options.only, self.results.get(name, {})
-        return (not only or any(word in name for word in only)) and ("section failed" in before or not before)
+        # Everything else depends on the launching, and another machine may have what was missing.
+        again = "section failed" in before or (name == "launching" and list(disagreements(before)))
+        return (not only or any(word in name for word in only)) and bool(again or not before)
 
     def run(self, command: Sequence[str], limit: float) -> tuple[int | None, str]:
         """(exit status, None when it was ended for the time; standard output). The log has the rest."""
@@ -361,7 +368,9 @@ class Check:
                     return {"skipped": "compute-sanitizer is not installed"}
                 limit = min(limit, SANITIZED_LIMIT)
                 command[-1 - self.options.dry] = f"small {rest}"
-                command = [sanitizer, "--tool", tool, "--error-exitcode", "99", *command]
+                # What cuda-bindings asks of the driver when it starts is refused at times, and no fault of a kernel.
+                quiet = ["--report-api-errors", "no"] if tool == "memcheck" else []  # which is alone in looking there
+                command = [sanitizer, "--tool", tool, *quiet, "--error-exitcode", "99", *command]
             status, printed = self.run(command, limit)
             result = _last_json(printed)
             if status != 0:
@@ -416,6 +425,8 @@ class Check:
         for name in SECTIONS:
             if self.wanted(name) and self.left > 5:
                 self.keep(name, self.tried(self.section, name))
+                if name == "launching":
+                    print(json.dumps(self.results[name]), flush=True)
             if name == "launching" and list(disagreements(self.results.get(name, {}), name)):
                 self.environment["KERNELS_CUDA_LAUNCHER"] = "numba"
                 self.keep("launching through Numba", self.tried(self.section, name))

@@ -7,6 +7,7 @@ Every thread is a Python thread here, so tiles and sizes are tiny; sizes are odd
 
 import inspect
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -527,11 +528,18 @@ def test_the_peak_is_of_the_multiply_adds_it_counts(monkeypatch):
     def once(call, count):
         call()
         calls.append(count)
-        return 1e-3
+        return 1e-3 * count
 
     monkeypatch.setattr(gpu, "by_events", once)
+    monkeypatch.setattr(gpu, "AWAKE", 0.0)
     rates = gpu.measure(steps=24)
     threads = 8 * device.multiprocessors() * device.THREADS
-    assert rates["flops"] == 2 * gpu.SUMS * 24 * threads / 1e-3
-    assert rates["read"] == 8 * gpu.COPIED / 1e-3
-    assert len(calls) == 2 * (gpu.REPEATS + 1)
+    assert rates["flops"] == pytest.approx(2 * gpu.SUMS * 24 * threads / 1e-3)
+    assert rates["read"] == pytest.approx(8 * gpu.COPIED / 1e-3)
+    assert calls == 2 * [1, *gpu.REPEATS * [gpu.CALLS]]
+    now = iter((0.0, 0.1, 0.2, 0.3, 0.4))
+    monkeypatch.setattr(gpu, "AWAKE", 0.3)
+    monkeypatch.setattr(gpu, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+    del calls[:]
+    assert gpu._best(lambda: None) == pytest.approx(1e-3)
+    assert calls == [1, *(2 + gpu.REPEATS) * [gpu.CALLS]]  # two of them before the clock counts

@@ -266,6 +266,107 @@ def test_a_kernel_that_the_driver_does_not_take_is_one_line():
 
 
 @needs_numba_cuda
+def test_a_thread_without_a_context_is_given_one(monkeypatch):
+    """Loading and launching where Numba has done nothing yet: once more, with its context; other faults stay faults."""
+    driver = pytest.importorskip("cuda.bindings.driver", reason="the driver's bindings are not installed")
+    from kernels.cuda import launching
+
+    asked, entered, refused = [], [], driver.CUresult.CUDA_ERROR_INVALID_CONTEXT
+
+    def answer(name):
+        def call(*arguments):
+            asked.append(name)
+            return (driver.CUresult.CUDA_SUCCESS if entered else refused, name)[: 1 if name == "cuLaunchKernel" else 2]
+
+        return call
+
+    names = ("cuModuleLoadData", "cuModuleGetFunction", "cuLaunchKernel")
+    there = types.SimpleNamespace(CUresult=driver.CUresult, **{name: answer(name) for name in names})
+    monkeypatch.setattr(launching, "import_module", lambda name: there)
+    loaded = launching.Loaded(b"code", "entry", ["q"], "relu", lambda: entered.append(1))
+    assert (asked, entered) == ([names[0], names[0], names[1]], [1])
+    entered.clear()
+    loaded.launch((1, 1, 1), 32, 0, 0, [5])
+    assert (asked[3:], entered) == ([names[2], names[2]], [1])
+    entered.clear()
+    refused = driver.CUresult.CUDA_ERROR_LAUNCH_FAILED
+    with pytest.raises(RuntimeError, match="refuses the kernel relu: CUDA_ERROR_LAUNCH_FAILED"):
+        loaded.launch((1, 1, 1), 32, 0, 0, [5])
+    assert (asked[5:], entered) == ([names[2]], [])
+
+
+@needs_numba_cuda
+def test_ptx_that_is_newer_than_the_linker_is_assembled():
+    """The version that NVVM writes is not what a kernel needs; what the linker refuses, it says why."""
+    pytest.importorskip("cuda.bindings.nvjitlink", reason="nvJitLink is not installed")
+    from kernels.cuda import device, launching
+
+    for capability in CAPABILITIES:
+        ptx = ptx_of(device.KERNELS["sgd"], capability)
+        newer = re.sub(r"\.version .*", ".version 99.0", ptx)
+        assert newer != ptx
+        assert launching.assemble(newer, capability)[0] == launching.assemble(ptx, capability)[0]
+    for broken, capability in ((newer, (10, 0)), (ptx.replace("ld.param.u64", "ld.nowhere.u64"), (9, 0))):
+        line = r"^nvJitLink [\d.]+ refuses a kernel \([^\n]*\bline \d+[^\n]*\): update it$"
+        with pytest.raises(kernels.Unavailable, match=line):
+            launching.assemble(broken, capability)
+
+
+def in_a_folder(code, **more):
+    """What a process prints that has all packages by PYTHONPATH alone, as after `pip install --target`.
+
+    Without site-packages of its own (-S), where Python and NVIDIA's libraries look for more than modules.
+    """
+    folders = {ROOT: 0} | {
+        os.path.dirname(os.path.dirname(importlib.util.find_spec(name).origin)): 0 for name in PACKAGES
+    }
+    environment = {key: value for key, value in os.environ.items() if not re.match("CUDA_|CONDA_|KERNELS_", key)}
+    environment |= {"PYTHONPATH": os.pathsep.join(map(str, folders))} | more
+    command = [sys.executable, "-S", "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+PACKAGES = ("numpy", "numba", "numba_cuda")
+
+
+@needs_numba_cuda
+@pytest.mark.parametrize("simulated", ["", "1"])
+def test_packages_in_a_folder_are_found(simulated):
+    """numba-cuda is there in the place of Numba's numba.cuda, and NVIDIA's libraries are those beside it."""
+    pytest.importorskip("cuda.bindings.nvjitlink", reason="nvJitLink is not installed")
+    code = """
+from kernels.cuda import device, elementwise, launching
+print(device.cuda.__file__)
+if not device.SIMULATED:
+    assert device.DIRECT, device.OBSTACLE
+    launching.assemble(device.KERNELS["dropout"].ptx((9, 0)), (9, 0))
+    print(*launching.libraries().values(), sep="\\n")
+"""
+    printed = in_a_folder(code, **({"NUMBA_ENABLE_CUDASIM": simulated} if simulated else {})).splitlines()
+    folder = os.path.dirname(importlib.util.find_spec("numba_cuda").origin)
+    assert printed[0].startswith(folder)
+    assert len(printed) == (1 if simulated else 3)
+    assert all(os.path.join(os.path.dirname(folder), "nvidia") in line for line in printed[1:])
+
+
+@needs_numba_cuda
+def test_numbas_own_cuda_is_one_line():
+    """Imported before numba-cuda could take its place; it does not know what kernels are compiled with."""
+    code = """
+import numba.cuda, kernels
+try:
+    kernels.rung("cuda")
+except kernels.Unavailable as error:
+    print(error)
+"""
+    printed = in_a_folder(code)
+    assert printed.count("\n") == 1
+    assert "not the package numba-cuda's" in printed
+
+
+@needs_numba_cuda
 def test_a_gpu_that_has_no_room_for_this_program_is_one_line(monkeypatch):
     """Other programs have all its memory, or it is theirs alone: the driver makes no context."""
     from kernels.cuda import device
@@ -412,6 +513,8 @@ def test_the_check_of_a_gpu_tries_itself(tmp_path, tones):
         assert found["bench infer"]["section failed"] == "exit status 2: see log.txt"
         assert "the simulator is for tests" in (out / "log.txt").read_text()
         assert found["launching"]["agrees"] is True
+        assert found["launching"]["not by the driver"] == {"because": "NUMBA_ENABLE_CUDASIM", "agrees": True}
+        assert found["launching"]["libraries"].keys() == {"nvvm", "nvJitLink"}
         operations = [value for value in found["parity float32"].values() if isinstance(value, dict)]
         assert len(operations) == 2 * 5 + 2 * 3 + 2 * 2 + 6
         assert all(operation["agrees"] for operation in operations)
@@ -465,6 +568,59 @@ gpu_check.main()
     assert all(name.startswith(poisoned) for name in wrong)
 
 
+@needs_numba_cuda
+def test_the_check_says_why_the_driver_does_not_launch(tmp_path, monkeypatch):
+    """As where nvJitLink is missing: a disagreement, unless Numba's launcher was asked for."""
+    from bench import gpu_check
+    from kernels.cuda import arrays, device, lstm
+
+    there = types.SimpleNamespace(device_name=lambda: "GPU", relu_forward=lambda x: np.maximum(x, 0))
+    monkeypatch.setattr(kernels, "rung", lambda name: there)
+    monkeypatch.setattr(arrays, "asarray", lambda x: x)
+    monkeypatch.setattr(arrays, "asnumpy", lambda x: x)
+    monkeypatch.setattr(lstm, "_sequence_memory", lambda *arguments: (0, 0, 48))
+    monkeypatch.setattr(device, "synchronise", lambda: None)
+    for direct, obstacle, wrong in (
+        (True, "", []),
+        (False, "RuntimeError: no nvJitLink", ["not by the driver"]),
+        (False, "KERNELS_CUDA_LAUNCHER", []),
+    ):
+        monkeypatch.setattr(device, "DIRECT", direct)
+        monkeypatch.setattr(device, "OBSTACLE", obstacle)
+        results = gpu_check.check_launching()
+        assert results["agrees"] is True
+        assert results.get("not by the driver", {}).get("because", "") == obstacle
+        assert list(gpu_check.disagreements(results)) == wrong
+        check = gpu_check.Check(gpu_check.parser().parse_args(["--out", str(tmp_path)]))
+        check.results["launching"] = results
+        assert check.wanted("launching") == bool(wrong)  # in a later call: there may be one by then
+        check.results["launching"] = {"agrees": False}
+        assert check.wanted("launching")
+
+
+def test_the_check_measures_before_it_calls_the_sanitizer(tmp_path, monkeypatch):
+    """Six runs of a minute, of which memcheck alone reports what the driver refuses, and is told not to."""
+    from bench import gpu_check
+
+    names = list(gpu_check.SECTIONS)
+    sanitized = [f"{tool} {precision}" for tool, precision in gpu_check.SANITIZED]
+    assert names[-len(sanitized) :] == sanitized
+    assert sanitized[0] == "memcheck float32"
+    assert names[0] == "launching"
+    assert names.index("ten steps tdcnn") < names.index("bench train lstm")
+    (tmp_path / "compute-sanitizer").write_text("#!/bin/sh\n")
+    (tmp_path / "compute-sanitizer").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    check = gpu_check.Check(gpu_check.parser().parse_args(["--out", str(tmp_path / "out")]))
+    commands = []
+    monkeypatch.setattr(check, "run", lambda command, limit: (commands.append(command), (0, "{}"))[1])
+    for name in sanitized:
+        check.section(name)
+    assert [tuple(command[3:5]) == ("--report-api-errors", "no") for command in commands] == [True, True] + [False] * 4
+    assert all(command[1] == "--tool" for command in commands)
+    assert [command[-1] for command in commands] == ["small float32", "small tf32"] * 3
+
+
 def test_the_check_ends_what_a_section_leaves_behind(tmp_path):
     """A child of a child that ignores the interruption, as a program under compute-sanitizer may."""
     from bench import gpu_check
@@ -499,7 +655,9 @@ def test_what_the_check_calls_a_disagreement():
 @needs_numba_cuda
 def test_only_one_module_imports_numba_cuda():
     pattern = re.compile(
-        r"^\s*(from numba import .*\bcuda\b|import numba\.cuda|from numba\.cuda|import numba_cuda)", re.M
+        r"^\s*(from numba import .*\bcuda\b|import numba\.cuda|from numba\.cuda|import numba_cuda)"
+        r"|import_module\(.numba\.cuda",
+        re.M,
     )
     files = [*ROOT.glob("kernels/**/*.py"), *ROOT.glob("npser/**/*.py")]
     assert [f.name for f in files if pattern.search(f.read_text())] == ["device.py"]

@@ -23,28 +23,37 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numba as nb
 import numpy as np
+from llvmlite import ir
 from numba.core import config as numba_config
 from numpy.typing import NDArray
 
 from kernels import Unavailable
 from kernels.cuda import launching
 
-if importlib.util.find_spec("numba_cuda") is None:
-    raise Unavailable("the GPU needs the package numba-cuda: pip install 'npser[cuda13]' (or cuda12)")
-
-from llvmlite import ir
-from numba import cuda as numba_cuda
-
-cuda: Any = numba_cuda
-warnings.filterwarnings("ignore", message="Grid size")  # Numba's advice on small grids; some steps are small
-
 _config: Any = numba_config
 SIMULATED = bool(_config.ENABLE_CUDASIM)
 """True under NUMBA_ENABLE_CUDASIM=1: every thread of a kernel is a Python thread, so tiles have to be tiny."""
+
+_found = importlib.util.find_spec("numba_cuda")
+if _found is None or _found.origin is None:
+    raise Unavailable("the GPU needs the package numba-cuda: pip install 'npser[cuda13]' (or cuda12)")
+_package = Path(_found.origin).parent
+# It takes the place of Numba's own numba.cuda by a file that Python reads in its site-packages alone, not in a folder
+# of `pip install --target`. What that file does, and NVIDIA's libraries in such a folder, are seen to here.
+with contextlib.suppress(ImportError):
+    importlib.import_module("_numba_cuda_redirector")
+if not SIMULATED:
+    launching.load_libraries(_package.parent)
+
+cuda: Any = importlib.import_module("numba.cuda")
+if not Path(cuda.__file__).is_relative_to(_package):
+    raise Unavailable(f"numba.cuda is {cuda.__file__}, not the package numba-cuda's: import kernels.cuda before it")
+warnings.filterwarnings("ignore", message="Grid size")  # Numba's advice on small grids; some steps are small
 
 types: Any = nb.types
 float32, float64, int32, int64, uint8 = nb.float32, nb.float64, nb.int32, nb.int64, nb.uint8
@@ -292,8 +301,9 @@ def check(**operands: tuple[Any, tuple[int, ...], type]) -> None:
 
 
 _KINDS = {I: "q", S: "i", R: "f"}  # of arguments, as `launching.Arguments` has them; all others are arrays
-DIRECT = not SIMULATED and launching.available()
-"""Whether kernels are launched by the driver itself, and compiled ones kept."""
+OBSTACLE = "NUMBA_ENABLE_CUDASIM" if SIMULATED else launching.obstacle()
+DIRECT = not OBSTACLE
+"""Whether kernels are launched by the driver itself, and compiled ones kept. OBSTACLE: why not."""
 DEFAULT_SHARED = 48 * 1024  # bytes of shared memory that a block may have without asking
 
 
@@ -322,7 +332,7 @@ class Kernel:
         if self._loaded is None:
             capability = _capability()
             kept = launching.kept(self.name, capability, _versions(), lambda: self.ptx(capability))
-            self._loaded = launching.Loaded(*kept, self.kinds, self.name)
+            self._loaded = launching.Loaded(*kept, self.kinds, self.name, cuda.current_context)
         return self._loaded
 
     @property

@@ -12,6 +12,7 @@ So Numba has it in all its versions; `tests/test_cuda.py` compares the slots wit
 cannot work (no nvJitLink), or KERNELS_CUDA_LAUNCHER=numba is set, Numba launches.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -30,16 +31,53 @@ SLOT = 8  # bytes
 ARRAY_SLOTS = 7
 
 
-def available() -> bool:
-    """Whether the driver and the linker can be reached."""
+# NVIDIA's libraries that this module and Numba need, and where their wheels for CUDA 13 and 12 have them.
+WHEELS = {
+    "nvJitLink": ("nvidia/cu[0-9]*/lib/libnvJitLink.so.*", "nvidia/nvjitlink/lib/libnvJitLink.so.*"),
+    "nvvm": ("nvidia/cu[0-9]*/lib/libnvvm.so.*", "nvidia/cuda_nvcc/nvvm/lib64/libnvvm.so*"),
+    "nvrtc": ("nvidia/cu[0-9]*/lib/libnvrtc.so.*", "nvidia/cuda_nvrtc/lib/libnvrtc.so.*"),
+}
+
+
+def load_libraries(folder: Path) -> None:
+    """Load NVIDIA's libraries from the wheels in this folder, the one in which numba-cuda lies.
+
+    cuda-pathfinder, which Numba asks for them, takes what is loaded already, and else looks into the interpreter's own
+    site-packages: not into a folder on PYTHONPATH, or with the libraries of another CUDA that a PyTorch has there.
+    """
+    for patterns in WHEELS.values():
+        for path in [path for pattern in patterns for path in sorted(folder.glob(pattern))][:1]:
+            with contextlib.suppress(OSError):
+                ctypes.CDLL(str(path.resolve()))
+
+
+def libraries() -> dict[str, str]:
+    """Version and place of the libraries that turn a kernel into machine code, or what is wrong with them."""
+    found = {}
+    for name, module in (("nvvm", "nvvm"), ("nvJitLink", "nvjitlink")):
+        try:
+            version = import_module(f"cuda.bindings.{module}").version()
+            path = import_module("cuda.pathfinder").load_nvidia_dynamic_lib(name).abs_path
+            found[name] = "{}.{}, {}".format(*version, path)
+        except Exception as error:
+            found[name] = _line(error)
+    return found
+
+
+def obstacle() -> str:
+    """Why kernels cannot be launched by the driver itself; nothing, if driver and linker can be reached."""
     if os.environ.get("KERNELS_CUDA_LAUNCHER") == "numba":
-        return False
+        return "KERNELS_CUDA_LAUNCHER"
     try:
         import_module("cuda.bindings.driver")
         import_module("cuda.bindings.nvjitlink").version()
-    except Exception:  # missing, too old, or without its library: each has its own way to say so
-        return False
-    return True
+    except Exception as error:  # missing, too old, or without its library: each has its own way to say so
+        return _line(error)
+    return ""
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def assemble(ptx: str, capability: tuple[int, int]) -> tuple[bytes, str]:
@@ -48,9 +86,20 @@ def assemble(ptx: str, capability: tuple[int, int]) -> tuple[bytes, str]:
     options = ["-arch=sm_{}{}".format(*capability), "-verbose"]
     handle = nvjitlink.create(len(options), options)
     try:
+        # NVVM writes the newest version of PTX that it knows, which an nvJitLink of another CUDA may not know. All know
+        # 8.0, and no kernel has anything newer in it. GPUs of capabilities above 9.0 came with later versions.
+        if capability <= (9, 0):
+            ptx = re.sub(r"^\.version .*$", ".version 8.0", ptx, count=1, flags=re.MULTILINE)
         data = ptx.encode() + b"\0"
-        nvjitlink.add_data(handle, nvjitlink.InputType.PTX, data, len(data), "kernel")
-        nvjitlink.complete(handle)
+        try:
+            nvjitlink.add_data(handle, nvjitlink.InputType.PTX, data, len(data), "kernel")
+            nvjitlink.complete(handle)
+        except nvjitlink.nvJitLinkError as error:
+            log = bytearray(nvjitlink.get_error_log_size(handle))
+            nvjitlink.get_error_log(handle, log)
+            said = " ".join(log.decode(errors="replace").strip("\0").split())
+            version = "{}.{}".format(*nvjitlink.version())
+            raise Unavailable(f"nvJitLink {version} refuses a kernel ({said or error}): update it") from error
         code, log = bytearray(nvjitlink.get_linked_cubin_size(handle)), bytearray(nvjitlink.get_info_log_size(handle))
         nvjitlink.get_linked_cubin(handle, code)
         nvjitlink.get_info_log(handle, log)
@@ -132,12 +181,21 @@ class Arguments:
 class Loaded:
     """A kernel on the device."""
 
-    def __init__(self, code: bytes, entry: str, kinds: Sequence[str], name: str) -> None:
+    def __init__(self, code: bytes, entry: str, kinds: Sequence[str], name: str, enter: Callable[[], object]) -> None:
+        """enter: make the GPU's context the calling thread's."""
         self.driver = import_module("cuda.bindings.driver")
-        self.name, self.arguments = name, Arguments(kinds)
-        self.module = self._done(self.driver.cuModuleLoadData(code))
-        self.function = self._done(self.driver.cuModuleGetFunction(self.module, entry.encode()))
+        self.name, self.arguments, self._enter = name, Arguments(kinds), enter
+        self.module = self._done(self._call(self.driver.cuModuleLoadData, code))
+        self.function = self._done(self._call(self.driver.cuModuleGetFunction, self.module, entry.encode()))
         self._launch = self.driver.cuLaunchKernel
+
+    def _call(self, function: Callable[..., tuple[Any, ...]], *arguments: Any) -> tuple[Any, ...]:
+        """What the driver answers. A thread in which Numba has done nothing yet has no context, and gets it first."""
+        results = function(*arguments)
+        if results[0] and results[0] == self.driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
+            self._enter()
+            results = function(*arguments)
+        return results
 
     def _done(self, results: tuple[Any, ...]) -> Any:
         status, *values = results
@@ -154,12 +212,12 @@ class Loaded:
         arguments = self.arguments
         arguments.pack(arguments.memory, 0, *values)
         x, y, z = blocks
-        (status,) = self._launch(self.function, x, y, z, threads, 1, 1, shared, stream, arguments.address, 0)
-        if status:
-            self._done((status,))
+        results = self._call(self._launch, self.function, x, y, z, threads, 1, 1, shared, stream, arguments.address, 0)
+        if results[0]:
+            self._done(results)
 
     def allow_shared(self, size: int) -> bool:
         """Tell the driver that launches have so many bytes of dynamic shared memory; False if it refuses."""
         attribute = self.driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        (status,) = self.driver.cuFuncSetAttribute(self.function, attribute, size)
+        (status,) = self._call(self.driver.cuFuncSetAttribute, self.function, attribute, size)
         return bool(status == self.driver.CUresult.CUDA_SUCCESS)
