@@ -47,6 +47,7 @@ def use_gpu(tf32: bool) -> None:
         raise RuntimeError("this PyTorch finds no GPU")
     _device = "cuda"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = True  # it looks for the fastest convolution of a shape, in the repetitions before
 
 
 def there(values: Any) -> Any:
