@@ -25,8 +25,8 @@ from npser.foldresult import FoldResult
 from npser.metrics import average_f1
 from npser.options import repeat_and_fold
 from npser.packed import SUFFIX, PackedRun, as_packed, unpack
-from npser.report import percent
 from npser.runfolder import MAY_CHANGE, RunFolder
+from npser.runreport import percent
 
 
 def draw(files: Sequence[Path], fold: tuple[int, int] | None) -> tuple[PackedRun, FoldResult]:

@@ -248,7 +248,7 @@ def table(runs: "Sequence[Run]") -> Table:
     import numpy as np
 
     from npser.metrics import average_f1
-    from npser.report import percent, summary_of
+    from npser.runreport import percent, summary_of
 
     made = {run[1]["experiment"]: run for run in runs if run[2]}
     f1 = {n: {(r.repeat, r.fold): average_f1(r.matrix("sum")) for r in folds} for n, (_, _, folds) in made.items()}

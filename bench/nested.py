@@ -157,7 +157,7 @@ def table(config: Mapping[str, Any], results: Sequence[FoldResult], frozen: Sequ
     import numpy as np
 
     from npser.metrics import average_f1
-    from npser.report import percent
+    from npser.runreport import percent
 
     known = {(r.repeat, r.fold): average_f1(r.matrix("sum")) for r in frozen}
     rows, both = [], []

@@ -25,8 +25,9 @@ from npser.files import write_atomically
 from npser.foldresult import FoldResult
 from npser.packed import SUFFIX, Run, open_run, pack, unpack
 from npser.recipes import ARCHITECTURES, OPTIONS, Recipe, as_settings, recipe_for
-from npser.report import class_table, merged, paper_figure, percent, report, summary_of
+from npser.report import merged
 from npser.runfolder import MAY_CHANGE, RunFolder
+from npser.runreport import class_table, paper_figure, percent, report, summary_of
 
 ROOT = Path(__file__).resolve().parent.parent
 README, RUNS, PICTURES = ROOT / "README.md", ROOT / "bench/results/runs", ROOT / "bench/results/pictures"

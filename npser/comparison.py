@@ -11,7 +11,7 @@ from npser.document import Block, Document, Table
 from npser.errors import UserError
 from npser.foldresult import FoldResult
 from npser.metrics import ProtocolSummary
-from npser.report import percent, summary_of, what
+from npser.runreport import percent, summary_of, what
 
 Run = tuple[Path, Mapping[str, Any], Sequence[FoldResult]]  # folder, configuration, finished folds
 

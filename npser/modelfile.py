@@ -15,7 +15,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -79,7 +79,10 @@ def _stored(name: str, value: NDArray[Any], storage: str) -> NDArray[Any]:
     return half
 
 
-def read(path: str | os.PathLike[str], backend: str) -> "Model":
+Blank = Callable[[str, str, Mapping[str, Any]], "Model"]  # architecture, backend, settings -> parameters without values
+
+
+def read(path: str | os.PathLike[str], backend: str, blank: Blank) -> "Model":
     """Read a file that `write` wrote. UserError, naming the file, when it is no such file or is damaged."""
     try:
         size = os.path.getsize(path)
@@ -88,7 +91,7 @@ def read(path: str | os.PathLike[str], backend: str) -> "Model":
         with zipfile.ZipFile(path) as archive:
             if sum(member.file_size for member in archive.infolist()) > size:
                 raise ValueError("its contents are compressed, or claim to be larger than the file")
-            return _model(archive, backend)
+            return _model(archive, backend, blank)
     except FileNotFoundError as error:
         raise UserError(f"{path}: there is no such file") from error
     except IsADirectoryError as error:
@@ -99,10 +102,8 @@ def read(path: str | os.PathLike[str], backend: str) -> "Model":
         raise UserError(f"{path}: not a model file that this program can read ({reason})") from error
 
 
-def _model(archive: zipfile.ZipFile, backend: str) -> "Model":
+def _model(archive: zipfile.ZipFile, backend: str, blank: Blank) -> "Model":
     """The model in the archive; any exception of DAMAGE where it is not one."""
-    from npser.models import blank_model
-
     if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
         raise ValueError("its members are compressed")
     about = json.loads(str(_array(archive, "about")))
@@ -119,10 +120,10 @@ def _model(archive: zipfile.ZipFile, backend: str) -> "Model":
     if len(set(labels)) != len(labels) or not all(isinstance(x, str) and x.isprintable() and x for x in labels):
         raise ValueError("its labels are not distinct printable names")
     members = {member.filename: member.file_size for member in archive.infolist()}
-    for name, value in blank_model(about["arch"], "reference", settings).params.items():  # takes no memory
+    for name, value in blank(about["arch"], "reference", settings).params.items():  # takes no memory
         if members[f"params/{name}.npy"] < 2 * value.size:  # float16, the least that it can be
             raise ValueError(f"{name} is smaller than its settings ask for")
-    model = blank_model(about["arch"], backend, settings)
+    model = blank(about["arch"], backend, settings)
     for name, own in model.layers.params.items():
         value = model.arrays.asnumpy(own)  # the parameter itself, or its stand-in here while it is on a GPU
         with archive.open(f"params/{name}.npy") as file:

@@ -328,4 +328,4 @@ def blank_model(arch: str, backend: str, settings: Mapping[str, Any]) -> Model:
 
 def load_model(path: str | os.PathLike[str], backend: str = "cpu") -> Model:
     """Read a file that `Model.save` wrote. UserError, naming the file, when it is no such file or is damaged."""
-    return modelfile.read(path, backend)
+    return modelfile.read(path, backend, blank_model)

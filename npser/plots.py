@@ -18,7 +18,7 @@ from npser.errors import UserError
 from npser.files import write_atomically
 from npser.foldresult import FoldResult
 from npser.metrics import precision_recall_f1, unweighted_average_recall
-from npser.report import summary_of
+from npser.runreport import summary_of
 
 # Okabe and Ito's colours, which colour-blind people can tell apart.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from npser import synthetic
 from npser.audio import as_bytes
-from npser.cli import versions
+from npser.cli import machine, versions
 from npser.crossval import Settings
 from npser.errors import UserError
 from npser.modelfile import feature_settings
@@ -71,3 +71,17 @@ def settings_of(config: Mapping[str, Any]) -> Settings:
     """The part of a configuration that decides the numbers."""
     named = {name: config[name] for name in ("arch", "backend", "seed", "vote")}
     return Settings(**named, recipe=from_settings(config))
+
+
+def computed_by(config: Mapping[str, Any]) -> str:
+    """What computes, for people: the GPU by its name."""
+    if config["backend"] != "cuda":
+        return str(config["backend"])
+    from kernels.cuda import device_name
+
+    return f"cuda ({device_name()}, {config['precision']})"
+
+
+def machine_of(config: Mapping[str, Any]) -> str:
+    """What computes, for the record."""
+    return machine() + (f", {computed_by(config)}" if config["backend"] == "cuda" else "")

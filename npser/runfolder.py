@@ -26,6 +26,7 @@ from npser.errors import UserError
 from npser.files import explained, sweep, write_atomically
 from npser.foldresult import VOTES, FoldResult, damaged, json_text
 from npser.lock import Lock
+from npser.runreport import render_markdown
 
 # What may differ between the start of a run and its resumption, or between machines that share its folds.
 MAY_CHANGE = ("vote", "repeats", "backend", "precision", "threads", "versions")
@@ -156,8 +157,6 @@ class RunFolder:
 
     def write_tables(self) -> None:
         """Write predictions.csv and report.md from the finished folds, decisions by the configuration's vote."""
-        from npser.report import render_markdown  # not at the top: npser.report imports this module
-
         with self.lock.shared_files() if self.lock else nullcontext():
             while True:
                 # Several processes may work in one folder (--only). Whoever writes last looks again whether a fold was

@@ -7,11 +7,11 @@ threads is known, so that `--help` answers at once.
 import argparse
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npser.cli import computing, count, machine, run, set_threads
+from npser.cli import computing, count, run, set_threads
 from npser.errors import RunFailed, UserError, printable
 from npser.options import read
 from npser.recipes import as_settings, from_settings, recipe_for
@@ -72,6 +72,7 @@ def _introduce(config: dict[str, Any], corpus: "Corpus", frames: "Frames", plan:
     from npser.audio import SAMPLE_RATE
     from npser.features import HOP
     from npser.models import parameter_count
+    from npser.runconfig import computed_by
 
     seconds = sum(map(len, frames)) * HOP / SAMPLE_RATE
     parameters = parameter_count(config["arch"], len(corpus.labels))
@@ -88,7 +89,7 @@ def _introduce(config: dict[str, Any], corpus: "Corpus", frames: "Frames", plan:
         f"{seconds / 60:.1f} min of speech"
     )
     print(
-        f"{parameters / 1e6:.3f} million parameters, backend {_backend(config)}, "
+        f"{parameters / 1e6:.3f} million parameters, backend {computed_by(config)}, "
         f"{count(config['threads'], 'threads')}, seed {config['seed']}"
     )
     print(plan, flush=True)
@@ -98,20 +99,6 @@ def _introduce(config: dict[str, Any], corpus: "Corpus", frames: "Frames", plan:
         print(f"skipped {count(len(corpus.skipped) - 10, 'more files')}", file=sys.stderr)
     if corpus.skipped:
         print(f"skipped {count(len(corpus.skipped), 'files')} in all", file=sys.stderr, flush=True)
-
-
-def _backend(config: Mapping[str, Any]) -> str:
-    """What computes, for people: the GPU by its name."""
-    if config["backend"] != "cuda":
-        return str(config["backend"])
-    from kernels.cuda import device_name
-
-    return f"cuda ({device_name()}, {config['precision']})"
-
-
-def machine_of(config: Mapping[str, Any]) -> str:
-    """What computes, for the record."""
-    return machine() + (f", {_backend(config)}" if config["backend"] == "cuda" else "")
 
 
 def _warn_of_compilation(backend: str, progress: "Progress") -> None:
@@ -129,8 +116,8 @@ def _cross_validate(options: argparse.Namespace, corpus: "Corpus", config: dict[
     from npser.frontend import read_versions
     from npser.models import input_frames
     from npser.progress import Progress
-    from npser.report import render_text
-    from npser.runconfig import settings_of
+    from npser.runconfig import machine_of, settings_of
+    from npser.runreport import render_text
 
     folds = make_folds(corpus, config["cv"], config["folds"], config["repeats"], config["seed"])
     chosen = [fold for fold in folds if options.only in (None, (fold.repeat, fold.number))]
@@ -242,7 +229,7 @@ def _fit_everything(options: argparse.Namespace, corpus: "Corpus", config: dict[
     from npser.modelfile import score_of
     from npser.models import input_frames
     from npser.progress import Progress
-    from npser.runconfig import settings_of
+    from npser.runconfig import machine_of, settings_of
     from npser.trainer import Checkpoint, fit
 
     score = _measured_score(options.score_from, config) if options.score_from else None
@@ -294,7 +281,7 @@ def _measured_score(run: Path, config: dict[str, Any]) -> dict[str, Any]:
     """The figures of a cross-validation for the model file; UserError unless it is of the same settings and data."""
     from npser.analysis import speaker_matrices, uar_interval
     from npser.packed import open_run
-    from npser.report import summary_of
+    from npser.runreport import summary_of
 
     folder = open_run(run)
     same = ["arch", "utterances_sha256", "audio_sha256", "labels", *as_settings(from_settings(config))]

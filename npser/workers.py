@@ -64,8 +64,7 @@ def compute(job: Job) -> "FoldResult":
 
     from npser.crossval import make_folds, train_and_test
     from npser.progress import Silent
-    from npser.runconfig import settings_of
-    from npser.train import machine_of
+    from npser.runconfig import machine_of, settings_of
 
     with computing(config["backend"], config["precision"]):
         listing = config["utterances_sha256"], config["audio_sha256"]

@@ -355,8 +355,9 @@ class RunFolders:
 
     def __call__(self, rng):
         from npser.comparison import compare
-        from npser.report import merged, report
+        from npser.report import merged
         from npser.runfolder import MAY_CHANGE, RunFolder
+        from npser.runreport import report
 
         for path, text in self.texts.items():
             path.write_bytes(text)
@@ -389,7 +390,7 @@ class Packed(RunFolders):
 
     def __call__(self, rng):
         from npser.packed import open_run
-        from npser.report import report
+        from npser.runreport import report
 
         if rng.random() < 0.3:
             self.path.write_bytes(damaged(self.whole, rng))

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 from test_report import CONFIG, EMOTIONS, four_folds, make_fold
 
-from npser import report
+from npser import runreport
 from npser.errors import UserError
 from npser.report import main
 from npser.runfolder import RunFolder
@@ -173,7 +173,7 @@ def test_markdown_output(tmp_path, capsys):
     run = run_folder(tmp_path / "run", four_folds())
     main([str(run), "--markdown"])
     assert capsys.readouterr().out == (run / "report.md").read_text()
-    assert report.percent(0.5) == "50.00"
+    assert runreport.percent(0.5) == "50.00"
 
 
 def test_letters_that_the_font_lacks_are_one_line(tmp_path, capsys):

@@ -19,8 +19,9 @@ from npser.options import read
 from npser.packed import SUFFIX, open_run, pack, unpack
 from npser.recipes import RECIPES, as_settings
 from npser.report import main as report_main
-from npser.report import merged, render_markdown
+from npser.report import merged
 from npser.runfolder import RunFolder
+from npser.runreport import render_markdown
 from npser.synthetic import demo_corpus
 
 LABELS = ("neutral", "anger")

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from npser.foldresult import EpochResult, fold_result
-from npser.report import main, render_markdown, render_text
+from npser.report import main
 from npser.runfolder import RunFolder
+from npser.runreport import render_markdown, render_text
 
 EMOTIONS = ["neutral", "anger", "fear", "disgust", "sadness", "boredom", "happy"]
 CONFIG = {
