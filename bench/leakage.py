@@ -181,6 +181,15 @@ def train_and_look(
     }
 
 
+def derive(folders: dict[str, RunFolder], folds: int, seed: int) -> None:
+    """What other decisions by the same windows make of the folds that are there."""
+    for name, source in (("windows-split-voted", "windows-split"), ("few-windows-voted", "windows-scored")):
+        for fold in set(folders[source].finished()) - set(folders[name].finished()):
+            windows = folders[source].load_fold(*fold)
+            together = voted(windows) if source == "windows-split" else voted_in_parts(windows, folds, seed)
+            folders[name].save_fold(together)
+
+
 def without_augmentation(recipe: Recipe) -> Recipe:
     """The recipe as the practices are compared by: windows that are utterances of their own cannot move."""
     return replace(recipe, speeds=(), moving=False)
@@ -219,6 +228,7 @@ def experiments(options: argparse.Namespace, threads: int) -> list[RunFolder]:
         name: RunFolder.open_or_create(options.out / name, {**config, "experiment": name}, MAY_CHANGE)
         for name in EXPERIMENTS
     }
+    derive(folders, options.folds, options.seed)
     work = []
     for training, (spoken, _) in material.items():
         folds = make_folds(spoken, "stratified", options.folds, options.repeats, options.seed)
@@ -232,14 +242,11 @@ def experiments(options: argparse.Namespace, threads: int) -> list[RunFolder]:
         progress.begin_fold(f"{training} {fold.name}", count)
         if training == "honest":
             results = train_and_look(spoken, heard, fold, settings, progress, about)
-            results["few-windows-voted"] = voted_in_parts(results["windows-scored"], options.folds, options.seed)
         else:
-            result = train_and_test(spoken, [heard], fold, settings, progress, None, about)
-            results = {training: result}
-            if training == "windows-split":
-                results["windows-split-voted"] = voted(result)
+            results = {training: train_and_test(spoken, [heard], fold, settings, progress, None, about)}
         for name, result in results.items():
             folders[name].save_fold(result)
+        derive(folders, options.folds, options.seed)
     return list(folders.values())
 
 

@@ -108,6 +108,8 @@ def select(options: argparse.Namespace, threads: int) -> RunFolder:
     given = {name: getattr(options, name) for name in ("epochs", "segment_hop") if getattr(options, name)}
     recipe = recipe_for(options.recipe, options.arch, corpus.name == "demo", given)
     chosen_among = candidates(recipe, options.candidate or usual_changes(options.recipe, recipe))
+    if len(chosen_among) < 2:
+        raise UserError("--candidate: there is nothing to choose among: name a change of the recipe")
     settings = [Settings(options.arch, options.backend, options.seed, "sum", candidate) for candidate in chosen_among]
     shape = options.folds, options.repeats
     config = run_config(corpus, settings[0], options.recipe, "stratified", *shape, "float32", threads)
@@ -142,6 +144,7 @@ def select(options: argparse.Namespace, threads: int) -> RunFolder:
                 scores.append(development_score(corpus, spoken[candidate.recipe.speeds], fold, candidate, progress))
             except RunFailed as error:  # it diverged: whoever chose would not choose it
                 progress.warn(f"    {error}")
+                progress.end_fold()
                 scores.append(0.0)
             progress.say(f"    {describe(candidate.recipe)}: development F1 {100 * scores[-1]:.2f}")
         best = scores.index(max(scores))  # of equals the first: the recipe as it is

@@ -5,7 +5,7 @@
     python -m bench.publish --unpack FILE FOLDER     a run folder again, to go on with on another machine
 
 A run becomes bench/results/runs/<name>.json.xz (npser.packed) and may be published again and again while it grows:
-folds that the file has and the folder has not are kept. The text between the two markers in README.md is made of these
+folds that the file has are kept as they are. The text between the two markers in README.md is made of these
 files alone.
 """
 
@@ -293,8 +293,8 @@ def command_of(config: Mapping[str, Any]) -> str:
 def origin(result: FoldResult) -> tuple[str, str, str, str]:
     """Where a fold comes from: commit, machine, threads, and how many folds were computed at once."""
     commit = str((result.run.get("versions") or {}).get("commit"))
-    if begun_by := result.run.get("begun_by"):  # and resumed with another program, or elsewhere
-        commit += f", begun by {', '.join(map(str, begun_by))}"
+    if also_by := result.run.get("also_by"):  # interrupted, and resumed with another program, or elsewhere
+        commit += f", also {', '.join(map(str, also_by))}"
     machine, threads, at_once = (result.run.get(key) for key in ("machine", "threads", "workers"))
     return commit, str(machine), str(threads), str(at_once or 1)
 

@@ -129,9 +129,8 @@ def train_and_test(
     started = time.monotonic()
     targets = corpus.targets
     words = (settings.seed, fold.repeat, fold.number)
-    origin = f"{(about.get('versions') or {}).get('commit')} on {about.get('machine')}"
     identity = f"{settings.arch} {words}"
-    checkpoint = Checkpoint(checkpoint_path, identity, progress, origin) if checkpoint_path else None
+    checkpoint = Checkpoint(checkpoint_path, identity, progress, origin_of(about)) if checkpoint_path else None
     try:
         model, task = prepare(versions, targets, fold.train, len(corpus.labels), settings, words)
         epochs = fit(model, task, progress, checkpoint)
@@ -143,9 +142,14 @@ def train_and_test(
         raise RunFailed(f"fold {fold.name}: {error}") from error
     earlier = sum(epoch.seconds for epoch in checkpoint.resumed) if checkpoint else 0.0
     told = {**about, "seconds": seconds_since(started, earlier)}
-    if checkpoint and checkpoint.begun_by:
-        told["begun_by"] = checkpoint.begun_by
+    if checkpoint and checkpoint.also_by:
+        told["also_by"] = checkpoint.also_by
     return tested_fold(corpus, fold, settings, epochs, votes, told)
+
+
+def origin_of(about: Mapping[str, Any]) -> str:
+    """What computes, for the record of a training that goes on elsewhere."""
+    return f"{(about.get('versions') or {}).get('commit')} on {about.get('machine')}"
 
 
 def seconds_since(started: float, earlier: float = 0.0) -> float:

@@ -127,8 +127,9 @@ def _keep(cache: Path, frames: list[NDArray[np.float32]]) -> None:
     with contextlib.suppress(OSError):
         cache.parent.mkdir(parents=True, exist_ok=True)
         sweep(cache.parent, _CACHE_FILE, older_than=3600)  # others may be writing theirs
-        for old in cache.parent.iterdir():
-            if _CACHE_FILE.fullmatch(old.name) and time.time() - old.stat().st_mtime > UNUSED * 24 * 3600:
-                old.unlink(missing_ok=True)
+        for old in list(cache.parent.iterdir()):
+            with contextlib.suppress(OSError):  # another one's, or gone already
+                if _CACHE_FILE.fullmatch(old.name) and time.time() - old.stat().st_mtime > UNUSED * 24 * 3600:
+                    old.unlink()
         with replacing(cache, to_disk=False) as file:
             np.savez(file, frames=np.concatenate(frames), ends=np.cumsum([len(f) for f in frames]))

@@ -145,7 +145,7 @@ def parser() -> argparse.ArgumentParser:
         type=_place,
         metavar="FOLDER",
         help="run folder, resumed if there (default: runs/<arch>-<corpus>-s<seed>; <corpus>-best with --recipe best; "
-        "with --cv none, and -all at its end)",
+        "with --cv none -all at its end)",
     )
     how.add_argument("--save", type=_place, metavar="MODEL.npz", help="with --cv none: where to save the model")
     how.add_argument(

@@ -67,6 +67,10 @@ class Progress:
         """These steps of the fold were done by an earlier start."""
         self.done += steps
 
+    def end_fold(self) -> None:
+        """The fold ends here, whatever steps it has left."""
+        self.done = self._fold_end
+
     def step(
         self, seconds: float, windows: int, loss: float, accuracy: float, epoch: int, epochs: int, updates: int = 1
     ) -> None:

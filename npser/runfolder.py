@@ -29,7 +29,7 @@ from npser.lock import Lock
 from npser.runreport import render_markdown
 
 # What may differ between the start of a run and its resumption, or between machines that share its folds.
-MAY_CHANGE = ("vote", "repeats", "backend", "precision", "threads", "versions")
+MAY_CHANGE = ("vote", "backend", "precision", "threads", "versions")
 
 # Configuration keys that are spelt as options of npser.train in messages; any other key is shown under its own name.
 _OPTIONS = {
@@ -72,10 +72,12 @@ class RunFolder:
         """Start a run in a new folder, or resume the run that lies there; only: to compute that repeat and fold alone.
 
         config: JSON values; needs `labels` and `vote`. Keys in `may_change` may differ from the ones the run was
-        started with; config.json then holds the newest (each fold records its own). Finished folds are read, so that a
-        damaged one is found before hours of training, not after.
+        started with; config.json then holds the newest (each fold records its own). A run that has left nothing but its
+        configuration may become any other. Finished folds are read, so that a damaged one is found before hours of
+        training, not after.
 
-        Raises UserError when any other key differs (both values are named), when a fold is damaged, when another
+        Raises UserError when any other key differs (both values are named), when `repeats` may change and there are
+        folds of more repeats, when a fold is damaged, when another
         program is at work on the same folds (`npser.lock`), or when the folder holds results without a config.json or
         cannot be written; RunFailed when the disk is full.
         """
@@ -100,6 +102,8 @@ class RunFolder:
                 old = _read_config(path)
                 if only is not None or _holds_anything(path):  # with `only`, others may be about to
                     _refuse_differences(path, old, new, frozenset(may_change))
+                    if only is not None and "repeats" in new:  # others may be at work on later ones
+                        new["repeats"] = max(new["repeats"], old.get("repeats", 0))
                     _refuse_fewer_repeats(path, folder.load_folds(), new)
                 if old == new:
                     return folder

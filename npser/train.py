@@ -126,10 +126,9 @@ def _cross_validate(options: argparse.Namespace, corpus: "Corpus", config: dict[
             f"--only {options.only[0]}.{options.only[1]}: there are repeats 0 to {config['repeats'] - 1} "
             f"and folds 0 to {config['folds'] - 1}"
         )
-    settings = settings_of(config)
-    # Before there is a run: a recording that cannot be used will be another one when the run begins.
-    spoken = read_versions(corpus, config["backend"], config["threads"], settings.recipe.speeds)
     folder = _open_folder(options, config)
+    settings = settings_of(config)
+    spoken = read_versions(corpus, config["backend"], config["threads"], settings.recipe.speeds)
     frames = spoken[0]
     length = input_frames(config["arch"])
     finished = set(folder.finished())
@@ -197,7 +196,7 @@ def _open_folder(options: argparse.Namespace, config: dict[str, Any]) -> "RunFol
     out = options.out or Path("runs") / f"{config['arch']}-{config['corpus']}{recipe}-s{config['seed']}"
     if options.cv == "none" and not options.out:
         out = out.with_name(f"{out.name}-all")  # the cross-validation of the same network lies in the usual place
-    return RunFolder.open_or_create(out, config, MAY_CHANGE, options.only)
+    return RunFolder.open_or_create(out, config, (*MAY_CHANGE, "repeats"), options.only)
 
 
 def _plan(
@@ -223,7 +222,7 @@ def _fit_everything(options: argparse.Namespace, corpus: "Corpus", config: dict[
     """--cv none: one model on all utterances, saved."""
     import numpy as np
 
-    from npser.crossval import prepare, training_steps
+    from npser.crossval import origin_of, prepare, training_steps
     from npser.files import require_place, sweep
     from npser.frontend import read_versions
     from npser.modelfile import score_of
@@ -234,12 +233,11 @@ def _fit_everything(options: argparse.Namespace, corpus: "Corpus", config: dict[
 
     score = _measured_score(options.score_from, config) if options.score_from else None
     config |= {"folds": 0, "repeats": 1}
-    if options.save:
-        require_place(options.save, f"--save {options.save}")
-    settings = settings_of(config)
-    spoken = read_versions(corpus, config["backend"], config["threads"], settings.recipe.speeds)
     folder = _open_folder(options, config)
     path = options.save or folder.path / "model.npz"
+    require_place(path, f"--save {path}")
+    settings = settings_of(config)
+    spoken = read_versions(corpus, config["backend"], config["threads"], settings.recipe.speeds)
     frames = spoken[0]
     everything = np.arange(len(frames))
     total = training_steps(frames, corpus.targets, everything, input_frames(config["arch"]), settings)
@@ -254,10 +252,14 @@ def _fit_everything(options: argparse.Namespace, corpus: "Corpus", config: dict[
     progress.begin_fold("all data", total)
     words = (config["seed"], 0, 0)
     checkpoint_path = folder.checkpoint_path(0, 0)
-    checkpoint = Checkpoint(checkpoint_path, f"{config['arch']} {words}", progress) if options.checkpoint else None
+    training = {**config, "machine": machine_of(config)}
+    identity = f"{config['arch']} {words}"
+    checkpoint = Checkpoint(checkpoint_path, identity, progress, origin_of(training)) if options.checkpoint else None
     model, task = prepare(spoken, corpus.targets, everything, len(corpus.labels), settings, words)
     epochs = fit(model, task, progress, checkpoint)
-    model.labels, model.training = corpus.labels, {**config, "machine": machine_of(config)}
+    if checkpoint and checkpoint.also_by:
+        training["also_by"] = checkpoint.also_by
+    model.labels, model.training = corpus.labels, training
     model.cross_validation = score
     sweep(path.resolve().parent, re.compile(re.escape(path.resolve().name)))
     try:

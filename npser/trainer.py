@@ -200,13 +200,13 @@ class Checkpoint:
 
     `identity` says of what training this is the state; a checkpoint of anything else, or a damaged one, is ignored, and
     training starts at the beginning. `origin` says what computes; after `load`, `resumed` holds the epochs that were
-    not trained by this program, and `begun_by` where that was, if elsewhere.
+    not trained by this program, and `also_by` where they were, if elsewhere.
     """
 
     def __init__(self, path: Path, identity: str, progress: Progress, origin: str = "") -> None:
         self.path, self.identity, self.progress, self.origin = path, identity, progress, origin
         self.resumed: Sequence[EpochResult] = ()
-        self.begun_by: list[str] = []
+        self.also_by: list[str] = []
 
     def save(self, model: Model, sgd: SGD, done: Sequence[EpochResult], mean: MeanWeights | None = None) -> float:
         """Write the state; returns the seconds that it took. RunFailed when the disk is full."""
@@ -219,7 +219,7 @@ class Checkpoint:
         try:
             with replacing(self.path, to_disk=False) as file:
                 about: dict[str, Any] = {"identity": np.array(self.identity)}
-                about["origins"] = np.array([*self.begun_by, self.origin])
+                about["origins"] = np.array([*self.also_by, self.origin])
                 np.savez(file, **about, updates=sgd.updates, epochs=epochs, **arrays)
         except OSError as error:
             raise explained(self.path, error) from error
@@ -240,7 +240,11 @@ class Checkpoint:
                 params = {name: _like(value, file[f"params/{name}"]) for name, value in model.params.items()}
                 velocities = {name: _like(value, file[f"velocities/{name}"]) for name, value in model.params.items()}
                 updates, rows = int(file["updates"]), file["epochs"]
-                origins = [str(origin) for origin in np.atleast_1d(file["origins"])] if "origins" in file else []
+                origins = (
+                    [str(origin) for origin in np.atleast_1d(file["origins"])]
+                    if "origins" in file
+                    else ["an older npser"]
+                )
                 count = int(file["averaged"]) if "averaged" in file else 0
                 averaged = model.params.items() if count else ()
                 means = {name: _like(value, file[f"mean/{name}"]) for name, value in averaged}
@@ -257,7 +261,7 @@ class Checkpoint:
         sgd.velocities = {name: model.arrays.asarray(value) for name, value in velocities.items()}
         sgd.updates = updates
         mean.params, mean.count = means, count
-        self.resumed, self.begun_by = tuple(done), [origin for origin in origins if origin != self.origin]
+        self.resumed, self.also_by = tuple(done), [origin for origin in origins if origin != self.origin]
         return done
 
 

@@ -110,6 +110,8 @@ def test_candidates_are_changes_of_the_recipe_and_of_each_other():
     ):
         with pytest.raises(UserError, match=said):
             nested.candidates(Recipe(), [change])
+    with pytest.raises(UserError, match="nothing to choose among"):
+        nested.main(["--arch", "lstm", "--recipe", "best", "--epochs", "8"])
 
 
 def test_another_frozen_run_is_refused(finished, frozen, tones, tmp_path):

@@ -183,9 +183,9 @@ def test_folds_that_were_computed_elsewhere_have_a_line_of_their_own():
     folds = [some_fold(0, f) for f in range(5)]
     elsewhere = {**folds[0].run, "machine": "another, machine", "threads": 1, "workers": 2}
     folds[2:4] = [replace(r, run=elsewhere) for r in folds[2:4]]
-    begun = {**folds[1].run, "begun_by": ["def on a machine"]}
+    begun = {**folds[1].run, "also_by": ["def on a machine"]}
     resumed = publish.results_text({"cnn-emodb-s0": (config(), [folds[0], replace(folds[1], run=begun)])})
-    assert "| abc, begun by def on a machine | 0 | a machine | 2 | 1 | 0.1 | 0.5 |" in resumed
+    assert "| abc, also def on a machine | 0 | a machine | 2 | 1 | 0.1 | 0.5 |" in resumed
     lines = [line for line in publish.results_text({"cnn-emodb-s0": (config(), folds)}).splitlines() if " abc " in line]
     assert [line.split(" | ")[-5:] for line in lines] == [
         ["a machine", "2", "1", "0.0 to 0.1, 0.4", "1.5 |"],

@@ -262,13 +262,17 @@ def test_a_run_that_has_nothing_yet_may_become_another(tmp_path):
 
 
 def test_a_run_may_get_more_repeats_and_not_lose_any(tmp_path):
-    RunFolder.open_or_create(tmp_path, CONFIG | {"repeats": 1}, MAY_CHANGE).save_fold(make_fold(0, 1))
-    longer = RunFolder.open_or_create(tmp_path, CONFIG | {"repeats": 3}, MAY_CHANGE)
+    may_change = (*MAY_CHANGE, "repeats")
+    RunFolder.open_or_create(tmp_path, CONFIG | {"repeats": 1}, may_change).save_fold(make_fold(0, 1))
+    longer = RunFolder.open_or_create(tmp_path, CONFIG | {"repeats": 3}, may_change, only=(1, 0))
     assert longer.finished() == [(0, 1)]
     longer.save_fold(make_fold(1, 0))
-    assert RunFolder.open_or_create(tmp_path, CONFIG | {"repeats": 2}, MAY_CHANGE).config["repeats"] == 2
+    one = RunFolder.open_or_create(tmp_path, CONFIG | {"repeats": 1}, may_change, only=(0, 0))
+    assert one.config["repeats"] == 3  # which others may be computing
+    del longer, one  # and their locks
+    assert RunFolder.open_or_create(tmp_path, CONFIG | {"repeats": 2}, may_change).config["repeats"] == 2
     with pytest.raises(UserError, match="has folds of 2 repeats: use another --out, or --repeats 2 at least"):
-        RunFolder.open_or_create(tmp_path, CONFIG | {"repeats": 1}, MAY_CHANGE)
+        RunFolder.open_or_create(tmp_path, CONFIG | {"repeats": 1}, may_change)
     assert RunFolder.open(tmp_path).config["repeats"] == 2
 
 

@@ -254,13 +254,15 @@ def test_a_cluster_that_has_lost_its_workers_is_named_and_the_next_one_goes_on(c
     command = [sys.executable, "-m", "npser.train", *SHORT, "--data", tones, "--out", tmp_path / "out"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     run = subprocess.Popen([*command, "--dask", cluster.address], env=environment, stderr=subprocess.PIPE, text=True)
-    deserted = 0
+    deserted, patience = 0, threading.Timer(240, run.kill)
+    patience.start()
     for line in run.stderr:
         if " for 1 worker on " in line:
             victim.kill()
         if line.startswith("no worker is left on"):
             deserted += 1
             cluster.worker()
+    patience.cancel()
     assert run.wait(timeout=300) == 0
     assert deserted == 1
     assert len(numbers(tmp_path / "out")) == 3
