@@ -240,11 +240,7 @@ class Checkpoint:
                 params = {name: _like(value, file[f"params/{name}"]) for name, value in model.params.items()}
                 velocities = {name: _like(value, file[f"velocities/{name}"]) for name, value in model.params.items()}
                 updates, rows = int(file["updates"]), file["epochs"]
-                origins = (
-                    [str(origin) for origin in np.atleast_1d(file["origins"])]
-                    if "origins" in file
-                    else ["an older npser"]
-                )
+                origins = np.atleast_1d(file["origins"] if "origins" in file else "an older npser")
                 count = int(file["averaged"]) if "averaged" in file else 0
                 averaged = model.params.items() if count else ()
                 means = {name: _like(value, file[f"mean/{name}"]) for name, value in averaged}
@@ -261,7 +257,7 @@ class Checkpoint:
         sgd.velocities = {name: model.arrays.asarray(value) for name, value in velocities.items()}
         sgd.updates = updates
         mean.params, mean.count = means, count
-        self.resumed, self.also_by = tuple(done), [origin for origin in origins if origin != self.origin]
+        self.resumed, self.also_by = tuple(done), [str(o) for o in origins if o != self.origin]
         return done
 
 
