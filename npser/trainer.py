@@ -240,7 +240,7 @@ class Checkpoint:
                 params = {name: _like(value, file[f"params/{name}"]) for name, value in model.params.items()}
                 velocities = {name: _like(value, file[f"velocities/{name}"]) for name, value in model.params.items()}
                 updates, rows = int(file["updates"]), file["epochs"]
-                origins = np.atleast_1d(file["origins"] if "origins" in file else "an older npser")
+                origins = np.atleast_1d(file.get("origins", "an older npser"))
                 count = int(file["averaged"]) if "averaged" in file else 0
                 averaged = model.params.items() if count else ()
                 means = {name: _like(value, file[f"mean/{name}"]) for name, value in averaged}
