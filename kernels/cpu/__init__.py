@@ -1,6 +1,6 @@
 """Every operation of `kernels.reference` for the CPU: Numba, float32, vector micro-kernels in the hot loops.
 
-simd.py is the vector language the kernels are written in; conv.py, conv_backward.py, pool.py, dense.py, lstm.py,
+simd.py is the vector language the kernels are written in; conv.py, conv_gradients.py, pool.py, dense.py, lstm.py,
 lstm_gradients.py, elementwise.py and sgd.py hold the operations, winograd.py, matmul.py and sparse.py the algorithms
 behind them, each with its floor and how close it comes; strips.py cuts images, tools.py has the compiler's settings and
 its cache.
@@ -13,7 +13,7 @@ peak of 350 GFLOP/s of multiply-adds, 32 GB/s read and 50 GB/s read and written.
 """
 
 from kernels.cpu.conv import conv3x3_forward, conv_relu_pool_forward
-from kernels.cpu.conv_backward import conv3x3_backward, conv_relu_pool_backward
+from kernels.cpu.conv_gradients import conv3x3_backward, conv_relu_pool_backward
 from kernels.cpu.dense import (
     dense_backward_bias,
     dense_backward_input,

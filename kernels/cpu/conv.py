@@ -8,7 +8,7 @@ at 128 (1->32, 128x128).
 
 All kernels read strips (`kernels.cpu.strips`), and output channels are padded with zeros to whole vectors. Images with
 whole vectors of channels are left to `kernels.cpu.winograd`, which multiplies less. The backward pass is in
-conv_backward.py.
+conv_gradients.py.
 """
 
 from typing import Any
