@@ -48,7 +48,10 @@ def assign(x: Array, values: NDArray[Any]) -> None:
 
 def take_windows(frames: Array, starts: NDArray[Any], length: int) -> Array:
     """frames (N, F), starts (B,) -> (B, length, F): `length` rows from each start on."""
-    return np.stack([frames[start : start + length] for start in starts])
+    out = np.empty((len(starts), length, frames.shape[1]), frames.dtype)
+    for row, start in zip(out, starts, strict=True):
+        row[...] = frames[start : start + length]
+    return out
 
 
 def windows_forward(x: Array, frames: int, hop: int, count: int) -> Array:

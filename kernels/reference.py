@@ -244,8 +244,9 @@ def lstm_inference(x: Array, wx: Array, wh: Array, b: Array) -> Array:
 def lstm_backward(dh: Array, gates: Array, c: Array, wh: Array) -> Array:
     """Back-propagation through time of `lstm_forward`: dz (B, T, 4H), the gradient of the pre-activations.
 
-    dh (B, T, H) is the loss gradient of every h_t as seen by the layers above. From the last step to the first, with
-    dh_t also receiving what comes back through the recurrence, and dc_t through the cell:
+    gates (B, T, 4H) and c (B, T, H) are forward's, wh (H, 4H); dh (B, T, H) is the loss gradient of every h_t as seen
+    by the layers above. From the last step to the first, with dh_t also receiving what comes back through the
+    recurrence, and dc_t through the cell:
 
         do = dh_t * tanh(c_t)          dc_t += dh_t * o * (1 - tanh(c_t)^2)
         di = dc_t * g                  df = dc_t * c_{t-1}             dg = dc_t * i
@@ -342,9 +343,12 @@ def stft_magnitude_forward(x: Array, frame: int, hop: int) -> tuple[Array, Array
 def stft_magnitude_backward(dy: Array, spectrum: Array, frame: int, hop: int, samples: int) -> Array:
     """dx (samples,) of `stft_magnitude_forward`; 0 is taken as the derivative of |s| at s = 0.
 
-    The chain, backwards: |s| turns dy into dy * s/|s|; the transform's adjoint is an inverse transform without its
-    1/frame, in which each bin stands for itself alone (irfft counts all but the first and last twice); the window
-    multiplies again, and overlapping frames add up.
+        dx[m*hop + n] += hann[n] * sum over k of  Re( dy[m, k] * s[m, k] / |s[m, k]| * exp(2 pi i k n / frame) )
+
+    dy and spectrum s: both (frames, frame // 2 + 1), as forward made them; samples: how many x had. The chain,
+    backwards: |s| turns dy into dy * s/|s|; the transform's adjoint is an inverse transform without its 1/frame, in
+    which each bin stands for itself alone (irfft counts all but the first and last twice); the window multiplies again,
+    and overlapping frames add up.
     """
     size = np.abs(spectrum)
     ds = np.where(size > 0, dy * spectrum / np.where(size > 0, size, 1), 0)

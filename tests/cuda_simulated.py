@@ -267,6 +267,27 @@ def test_loss():
 def test_saturated_loss():
     logits = np.array([[2000, 0, -2000], [1e4, -1e4, 0]], np.float32)
     agree("cross_entropy_forward", logits, np.array([2, 0]))
+    close = np.array([[1000, 995]], np.float32)  # differences first: the largest logit would swallow the loss
+    got, _ = cuda.cross_entropy_forward(on_device(close), on_device(np.array([0])))
+    np.testing.assert_allclose(float(got), np.log1p(np.exp(-5.0)), rtol=1e-6)
+
+
+def test_no_samples_at_all():
+    w, b = numbers(3, 4), numbers(4)
+    agree("dense_forward", numbers(0, 3), w, b)
+    agree("dense_backward_input", numbers(0, 4), w)
+    agree("dense_backward_weights", numbers(0, 3), numbers(0, 4))
+    agree("dense_backward_bias", numbers(0, 4))
+    wh = numbers(4, 16)
+    h, c, gates = agree("lstm_forward", numbers(0, 5, 16), wh)
+    agree("lstm_backward", *map(arrays.asnumpy, (h, gates, c)), wh)
+    agree("lstm_inference", numbers(0, 5, 3), numbers(3, 16), wh, numbers(16))
+    agree("conv3x3_forward", numbers(0, 6, 8, 2), numbers(3, 3, 2, 5), numbers(5))
+    agree("maxpool2x2_forward", numbers(0, 6, 8, 2))
+    agree("softmax", numbers(0, 3))
+    frames, none = numbers(9, 4), np.zeros(0, np.int32)
+    assert arrays.take_windows(on_device(frames), on_device(none), 3).shape == (0, 3, 4)
+    assert host.take_windows(frames, none, 3).shape == (0, 3, 4)
 
 
 def test_sgd():

@@ -20,7 +20,7 @@ from operands import Numbers, call, calls, calls_from_lists
 import kernels
 from kernels import cpu
 from kernels.cpu import matmul as matmul_module
-from kernels.cpu import sparse
+from kernels.cpu import sparse, tools
 
 
 class Guarded:
@@ -51,6 +51,9 @@ class Guarded:
         array = np.frombuffer(memory, dtype, size // dtype.itemsize, first).reshape(shape)
         array.view(np.uint8)[...] = 0xFF  # not-a-number: what is read before it was written shows
         return array
+
+    def scratch(self, *shape):
+        return self.empty(shape, np.float32)
 
     def zeros(self, shape, dtype=np.float64):
         array = self.empty(shape, dtype)
@@ -98,12 +101,16 @@ def guarded_run(side):
         expected = [r.copy() for r in call(name, {o: v.copy() for o, v in operands.items()}, others, rung)]  # compiles
         for module in GUARDED_MODULES:
             module.np = guard
+            if hasattr(module, "scratch"):
+                module.scratch = guard.scratch
         try:
             argmax = {o: guard.copy(v) for o, v in others.items() if o == "argmax"}
             got = call(name, {o: guard.copy(v) for o, v in operands.items()}, {**others, **argmax}, rung)
         finally:
             for module in GUARDED_MODULES:
                 module.np = np
+                if hasattr(module, "scratch"):
+                    module.scratch = tools.scratch
         for ours, theirs in zip(got, expected, strict=True):
             np.testing.assert_array_equal(ours, theirs, err_msg=name)
         agreed += 1

@@ -10,7 +10,7 @@ from operands import IN_PLACE, KEYS, SHARED, SPENT, Numbers, call, calls, calls_
 
 import kernels
 from kernels import cpu
-from kernels.cpu import lstm, sparse, winograd
+from kernels.cpu import conv_gradients, lstm, lstm_gradients, sparse, winograd
 
 HELPERS = {"reference": {"dropout_threshold", "hann"}, "cpu": {"cache_is_cold"}}  # public, but not operations
 threads_available = nb.config.NUMBA_NUM_THREADS
@@ -73,13 +73,16 @@ def test_wide_operands_go_by_the_algorithms_of_their_own(monkeypatch):
         (winograd, "conv_relu_pool_forward"),
         (winograd, "conv3x3_forward"),
         (lstm, "_forward_by_steps"),
+        (lstm_gradients, "_backward_by_steps"),
+        (conv_gradients, "_dw_many_channels"),
     ):
         used = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, used=used, name=name: (seen.append(name), used(*a))[1])
     made = calls(**WIDE)
-    for operation in ("conv_relu_pool_forward", "conv3x3_forward", "lstm_forward"):
+    wide = ("conv_relu_pool_forward", "conv3x3_forward", "lstm_forward", "lstm_backward", "conv_relu_pool_backward")
+    for operation in wide:
         call(operation, *made[operation])
-    assert seen == ["conv_relu_pool_forward", "conv3x3_forward", "_forward_by_steps"]
+    assert seen == [*wide[:2], "_forward_by_steps", "_backward_by_steps", "_dw_many_channels"]
 
 
 @pytest.mark.parametrize("name", calls())

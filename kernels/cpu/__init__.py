@@ -1,9 +1,9 @@
 """Every operation of `kernels.reference` for the CPU: Numba, float32, vector micro-kernels in the hot loops.
 
 simd.py is the vector language the kernels are written in; conv.py, conv_gradients.py, pool.py, dense.py, lstm.py,
-lstm_gradients.py, elementwise.py and sgd.py hold the operations, winograd.py, matmul.py and sparse.py the algorithms
-behind them, each with its floor and how close it comes; strips.py cuts images, tools.py has the compiler's settings and
-its cache.
+lstm_gradients.py, elementwise.py, sgd.py and stft.py hold the operations, winograd.py, matmul.py and sparse.py the
+algorithms behind them, each with its floor and how close it comes; strips.py cuts images, tools.py has the compiler's
+settings and its cache.
 
 Operands may have any strides (they are made contiguous); they must be float32, or a TypeError names the one that is
 not. What is changed in place (w and v of an update) must be C-contiguous.

@@ -87,7 +87,10 @@ conv_wide, conv_one = _plain_tile(CELLS), _plain_tile(1)
 def _conv_relu_pool(
     x: Array, C: int, w: Array, bias: Array, strips: Array, y: Array, argmax: NDArray[np.uint8]
 ) -> None:
-    """x (B, T, F*C), w (O/OUT_GROUP, C, 9, OUT_GROUP) -> y, argmax (B, P, Q, O); strips (threads, rows, (F+2)*C)."""
+    """x (B, T, F*C), w (O/OUT_GROUP, C, 9, OUT_GROUP) -> y, argmax (B, P, Q, O).
+
+    Scratch: strips (threads, rows, (F+2+F%2)*C).
+    """
     P, Q, O = y.shape[1:]
     row = strips.shape[2]
     bands = -(-P // BAND)

@@ -1,5 +1,7 @@
 """The LSTM recurrence on the CPU: a whole sequence in one kernel, gates fused behind the recurrent product.
 
+The backward pass is in lstm_gradients.py.
+
 Floor for z (B, T, 4H): 2*B*T*H*4H operations. Sequences are independent, so each thread walks its share of them through
 all time steps, and no step waits for another thread. The recurrent weights are packed in the order of their use: a
 slice of them serves all sequences of the thread before the next one is touched, so that it is read from the second-

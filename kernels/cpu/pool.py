@@ -21,7 +21,7 @@ def store_pooled(k: Emitter, pixels: list[Vec], y: Ptr, argmax: Bytes) -> None:
     dead = best <= 0.0
     undefined = pixels[0].unordered(pixels[1]) | pixels[2].unordered(pixels[3])
     k.store(y, k.where(undefined, float("nan"), k.where(dead, 0.0, best)))
-    k.store_bytes(argmax, k.where(dead, k.ints(DEAD), place))
+    k.store_bytes(argmax, k.where(undefined, place, k.where(dead, k.ints(DEAD), place)))  # a NaN is never dead
 
 
 @compiled(parallel=True)

@@ -23,7 +23,8 @@ four pixels of a cell share it: it is bounded by the largest number in the 4x4 p
 
     |error| <= 1e-6 * max |d| * sum |g|
 
-and where a number is not finite, none of the cell's pixels is. `NPSER_WINOGRAD=0` in the environment keeps to the
+and where a number is not finite, or a product overflows, none of the cell's pixels is, and may be NaN where the
+definition has an infinity. `NPSER_WINOGRAD=0` in the environment keeps to the
 direct kernels.
 """
 
@@ -137,7 +138,8 @@ def _convolve(
 ) -> None:  # fmt: skip
     """x (B, T, F*C), w (groups, PLACES, C, COLUMNS) -> y, argmax (B, P, Q, O) if pooled, else y (B, 2P, 2Q, O).
 
-    O is a multiple of COLUMNS; zeros (COLUMNS,). Scratch: strips (threads, rows, (F+2)*C); patches, sums (threads, .).
+    O is a multiple of COLUMNS; zeros (COLUMNS,). Scratch: strips (threads, rows, (F+2+F%2)*C); patches and sums
+    (threads, .).
     """
     B, P, Q, O = y.shape if pooled else (y.shape[0], y.shape[1] // 2, y.shape[2] // 2, y.shape[3])
     row = strips.shape[2]

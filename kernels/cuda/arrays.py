@@ -288,4 +288,4 @@ class Tally:
 
     def read(self) -> tuple[float, int]:
         loss, right = asnumpy(self.sums)
-        return float(loss), int(right) if np.isfinite(right) else 0
+        return float(loss), int(right)

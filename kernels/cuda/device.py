@@ -343,7 +343,12 @@ class Kernel:
         return self._compiled
 
     def __call__(self, blocks: int | tuple[int, int, int], *arguments: Any, shared: int = 0, threads: int = 0) -> None:
-        """shared: bytes of dynamic shared memory, no more than were granted; threads: fewer than the usual number."""
+        """shared: bytes of dynamic shared memory, no more than were granted; threads: fewer than the usual number.
+
+        Nothing is launched where there are no blocks, as for an empty batch.
+        """
+        if 0 in (blocks if isinstance(blocks, tuple) else (blocks,)):
+            return
         if DIRECT:
             values: list[Any] = []
             for kind, argument in zip(self.kinds, arguments, strict=True):

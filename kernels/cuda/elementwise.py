@@ -47,8 +47,8 @@ def _dropout(x: Flat, y: Flat, n: int, key0: int, key1: int, threshold: int, sca
 
 
 @helper
-def softmax_row(logits: Flat, p: Flat, at: int, K: int) -> float:
-    """p of the row that begins at `at`; returns the logarithm of the sum, the largest logit included."""
+def softmax_row(logits: Flat, p: Flat, at: int, K: int, target: int) -> float:
+    """p of the row that begins at `at`; returns the loss of this target: differences first, so that nothing cancels."""
     largest = logits[at]
     for k in range(1, K):
         largest = max(largest, logits[at + k])
@@ -57,13 +57,13 @@ def softmax_row(logits: Flat, p: Flat, at: int, K: int) -> float:
         total += math.exp(logits[at + k] - largest)
     for k in range(K):
         p[at + k] = math.exp(logits[at + k] - largest) / total
-    return largest + math.log(total)
+    return (largest - logits[at + target]) + math.log(total)
 
 
 @kernel((F, F, I, I))
 def _softmax(logits: Flat, p: Flat, B: int, K: int) -> None:
     for n in range(cuda.grid(1), B, cuda.gridsize(1)):
-        softmax_row(logits, p, n * K, K)
+        softmax_row(logits, p, n * K, K, 0)
 
 
 @kernel((F, N, F, F, I, I), LOSS_THREADS)
@@ -73,7 +73,7 @@ def _cross_entropy(logits: Flat, targets: Flat, p: Flat, loss: Flat, B: int, K: 
     t = cuda.threadIdx.x
     mine = float32(0)
     for n in range(t, B, LOSS_THREADS):
-        mine += softmax_row(logits, p, n * K, K) - logits[n * K + targets[n]]
+        mine += softmax_row(logits, p, n * K, K, targets[n])
     collected[t] = mine
     cuda.syncthreads()
     if t == 0:

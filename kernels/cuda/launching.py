@@ -18,6 +18,7 @@ import hashlib
 import os
 import re
 import struct
+import threading
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib import import_module
@@ -188,6 +189,7 @@ class Loaded:
         self.module = self._done(self._call(self.driver.cuModuleLoadData, code))
         self.function = self._done(self._call(self.driver.cuModuleGetFunction, self.module, entry.encode()))
         self._launch = self.driver.cuLaunchKernel
+        self._lock = threading.Lock()  # the arguments of one launch at a time
 
     def _call(self, function: Callable[..., tuple[Any, ...]], *arguments: Any) -> tuple[Any, ...]:
         """What the driver answers. A thread in which Numba has done nothing yet has no context, and gets it first."""
@@ -210,9 +212,11 @@ class Loaded:
     def launch(self, blocks: tuple[int, int, int], threads: int, shared: int, stream: int, values: list[Any]) -> None:
         """values: what goes into the slots."""
         arguments = self.arguments
-        arguments.pack(arguments.memory, 0, *values)
         x, y, z = blocks
-        results = self._call(self._launch, self.function, x, y, z, threads, 1, 1, shared, stream, arguments.address, 0)
+        grid = (x, y, z, threads, 1, 1)
+        with self._lock:
+            arguments.pack(arguments.memory, 0, *values)
+            results = self._call(self._launch, self.function, *grid, shared, stream, arguments.address, 0)
         if results[0]:
             self._done(results)
 

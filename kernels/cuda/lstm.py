@@ -49,8 +49,9 @@ def sigmoid(x: float) -> float:
 
 # --- a whole sequence in a block ---------------------------------------------------------------------------------
 #
-# Shared memory, in floats: the vector that is multiplied, 4 * `pitch` of them (forward: h, `pitch` long, the rest for
-# the gates; backward: dz, `pitch` for each gate), then 4H partial sums, then `kept` rows of weights.
+# Shared memory, in floats: the vector that is multiplied, 4 * `pitch` of them (backward: dz, `pitch` for each gate;
+# forward: h, and the rest is not used), then 4H numbers (forward: the gates; backward: partial sums), then `kept` rows
+# of weights.
 
 
 @helper
@@ -269,7 +270,7 @@ def lstm_forward(z: Array, wh: Array) -> tuple[Array, Array, Array]:
 def lstm_inference(x: Array, wx: Array, wh: Array, b: Array) -> Array:
     """See `kernels.reference.lstm_inference`."""
     B, T, I = x.shape
-    return lstm_forward(dense_forward(x.reshape(B * T, I), wx, b).reshape(B, T, -1), wh)[0]
+    return lstm_forward(dense_forward(x.reshape(B * T, I), wx, b).reshape(B, T, wh.shape[1]), wh)[0]
 
 
 def lstm_backward(dh: Array, gates: Array, c: Array, wh: Array) -> Array:

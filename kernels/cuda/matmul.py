@@ -431,8 +431,8 @@ def _plan(M: int, N: int, K: int, layout: str, then: str) -> tuple[Kernel, tuple
         size, shape = "tensor", TENSOR
     tiles_m, tiles_n = -(-M // shape.tile_m), -(-N // shape.tile_n)
     # No part is shorter than four slices: it would take longer to add than to compute.
-    count = max(1, min(shape.resident * multiprocessors() // (tiles_m * tiles_n), K // (4 * shape.slice_k)))
-    terms = -(-K // count)
+    count = max(1, min(shape.resident * multiprocessors() // max(1, tiles_m * tiles_n), K // (4 * shape.slice_k)))
+    terms = max(1, -(-K // count))  # of no terms at all, one part is zeros
     terms += -terms % shape.slice_k
     count = max(1, -(-K // terms))
     return PRODUCTS[size, layout, then if count == 1 else STORE], (tiles_n, tiles_m, count), terms
