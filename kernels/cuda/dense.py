@@ -6,7 +6,6 @@ Each product is one call of `kernels.cuda.matmul`, which says how it is computed
 import numpy as np
 
 from kernels.cuda.device import (
-    SIMULATED,
     Array,
     F,
     Flat,
@@ -20,11 +19,19 @@ from kernels.cuda.device import (
     kernel,
     multiprocessors,
 )
-from kernels.cuda.matmul import BIAS, PLAIN, TURNED_A, TURNED_B, UPDATE, add_parts, product, whole
-
-# Columns side by side and rows at a time of a block that adds up columns.
-ACROSS, DOWN = (2, 2) if SIMULATED else (32, 8)
-SUM_THREADS = ACROSS * DOWN
+from kernels.cuda.matmul import (
+    ACROSS,
+    BIAS,
+    DOWN,
+    PLAIN,
+    SUM_THREADS,
+    TURNED_A,
+    TURNED_B,
+    UPDATE,
+    add_parts,
+    product,
+    whole,
+)
 
 
 @kernel((F, F, I, I, I), SUM_THREADS)

@@ -348,7 +348,7 @@ def make_product(shape: Shape, layout: str, then: str, name: str, tensor: bool =
     return product
 
 
-# A block that adds up parts: numbers side by side, and parts at a time.
+# A block that adds up parts, or rows: numbers side by side, and parts at a time.
 ACROSS, DOWN = (2, 2) if SIMULATED else (32, 8)
 SUM_THREADS = ACROSS * DOWN
 
