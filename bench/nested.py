@@ -121,7 +121,7 @@ def select(options: argparse.Namespace, threads: int) -> RunFolder:
     wanted = [fold for fold in folds if options.only in (None, (fold.repeat, fold.number))]
     finished = set(folder.finished())
     waiting = [fold for fold in wanted if (fold.repeat, fold.number) not in finished]
-    waiting.sort(key=lambda fold: (fold.repeat, fold.number) in DEVELOPED)
+    waiting.sort(key=lambda fold: options.seed == 0 and (fold.repeat, fold.number) in DEVELOPED)
     spoken = {speeds: read_versions(corpus, "cpu", threads, speeds) for speeds in {s.recipe.speeds for s in settings}}
     frames = spoken[recipe.speeds][0]
     length = input_frames(options.arch)
