@@ -1,5 +1,6 @@
 """What several test files need: small corpora made on the spot, and the command line in a process of its own."""
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -19,6 +20,10 @@ hypothesis.settings.register_profile("npser", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("npser")
 
 ROOT = Path(__file__).resolve().parent.parent
+
+needs_numba_cuda = pytest.mark.skipif(
+    importlib.util.find_spec("numba_cuda") is None, reason="numba-cuda is not installed: pip install -e '.[cuda13]'"
+)
 
 
 @pytest.fixture(autouse=True)
