@@ -99,7 +99,7 @@ def check_launching() -> Results:
         results["not by the driver"] = {"because": device.OBSTACLE, "agrees": chosen}
     results["seconds to the first result"] = round(time.perf_counter() - started, 2)
     # Below 48 KB plus a little, the driver has granted no more: see kernels.cuda.lstm.
-    results["shared memory of lstm_sequence"] = lstm._sequence_memory(lstm._lstm_sequence, lstm.SEQUENCE_UNITS)[2]
+    results["shared memory of lstm_sequence"] = lstm.sequence_memory(lstm._lstm_sequence, lstm.SEQUENCE_UNITS)[2]
     count = 10 if device.SIMULATED else 2000
     started = time.perf_counter()
     for _ in range(count):

@@ -16,7 +16,7 @@ import soundfile
 import kernels
 from bench import workloads
 from kernels import host, reference
-from kernels.cuda import allow_simulator, arrays, device, lstm, matmul
+from kernels.cuda import allow_simulator, arrays, device, lstm, lstm_gradients, matmul
 from kernels.reference import DEAD
 from npser import inference
 from npser.errors import RunFailed, UserError
@@ -75,7 +75,7 @@ def agree(name, *operands, module=reference, rung=cuda, **options):
 
 
 def test_same_operations_and_arguments():
-    """All but the short-time Fourier transform, which is said to be missing."""
+    """In files of the same names; all but the short-time Fourier transform, which is said to be missing."""
     beside = {"PRECISIONS", "allow_simulator", "cache_is_cold", "device_name", "keeps_kernels", "require", "settings"}
     beside |= {"synchronise"}
     ours = {name: getattr(cuda, name) for name in cuda.__all__ if name not in beside}
@@ -86,6 +86,9 @@ def test_same_operations_and_arguments():
     for name, function in ours.items():
         names = list(inspect.signature(function).parameters)
         assert names == list(inspect.signature(getattr(reference, name)).parameters), name
+        twin = getattr(cpu, name).__module__
+        file = function.__module__.rsplit(".", 1)[-1]
+        assert twin in (f"kernels.cpu.{file}", "kernels.reference"), f"{name} lies in another file of the cpu's"
     for name in arrays.__all__:
         if inspect.isfunction(getattr(host, name)):
             names = list(inspect.signature(getattr(arrays, name)).parameters)
@@ -219,18 +222,19 @@ def test_lstm(B, T, H):
 def test_lstm_with_weights_in_all_three_places(monkeypatch, bytes_granted):
     """A sequence of 11 units: 4 rows of weights in registers, the others in shared memory, or read every step."""
     B, T, H = 2, 3, 11
-    monkeypatch.setattr(lstm, "SEQUENCE_UNITS", 11)
     monkeypatch.setattr(lstm, "SEQUENCE_THREADS", 4 * 11)
     least = 4 * (4 * 12 + 4 * H)
     kept = []
-    original = lstm._sequence_memory
+    original = lstm.sequence_memory
 
     def granted(run, units):
         monkeypatch.setattr(run, "grant_shared", lambda wanted: min(wanted, least + bytes_granted * 4))
         kept.append(original(run, units)[1])
         return original(run, units)
 
-    monkeypatch.setattr(lstm, "_sequence_memory", granted)
+    for module in (lstm, lstm_gradients):
+        monkeypatch.setattr(module, "SEQUENCE_UNITS", 11)
+        monkeypatch.setattr(module, "sequence_memory", granted)
     z, wh, dh = numbers(B, T, 4 * H), numbers(H, 4 * H), numbers(B, T, H)
     _, c, gates = agree("lstm_forward", z, wh)
     agree("lstm_backward", dh, arrays.asnumpy(gates), arrays.asnumpy(c), wh)

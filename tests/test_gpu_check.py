@@ -98,7 +98,7 @@ def test_the_check_says_why_the_driver_does_not_launch(tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, "rung", lambda name: there)
     monkeypatch.setattr(arrays, "asarray", lambda x: x)
     monkeypatch.setattr(arrays, "asnumpy", lambda x: x)
-    monkeypatch.setattr(lstm, "_sequence_memory", lambda *arguments: (0, 0, 48))
+    monkeypatch.setattr(lstm, "sequence_memory", lambda *arguments: (0, 0, 48))
     monkeypatch.setattr(device, "synchronise", lambda: None)
     for direct, obstacle, wrong in (
         (True, "", []),

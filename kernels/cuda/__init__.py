@@ -1,9 +1,9 @@
 """Every operation of `kernels.reference` for an NVIDIA GPU: numba.cuda, float32, no cuDNN and no cuBLAS.
 
 device.py is the GPU: arrays, stream, kernels; the only module that imports numba.cuda. launching.py keeps compiled
-kernels and has the driver launch them. arrays.py holds what `kernels.host` does for NumPy. matmul.py, tf32.py,
-dense.py, conv.py, lstm.py and elementwise.py hold the operations, under the names that they have on the other rungs and
-in the same order of arguments, each with its floor.
+kernels and has the driver launch them. arrays.py holds what `kernels.host` does for NumPy. The operations lie in files
+of the same names as the cpu's, with the same order of arguments, each with its floor: conv.py, conv_gradients.py,
+pool.py, dense.py, lstm.py, lstm_gradients.py, elementwise.py and sgd.py; matmul.py and tf32.py multiply for them.
 
 Operands are arrays on the device (`arrays.asarray`); a TypeError or ValueError names one that is not, or does not fit.
 No operation waits for the device, and none adds up in an order that depends on timing: the same call gives the same
@@ -41,23 +41,14 @@ launch). None spills registers to memory. `tests/test_cuda.py` keeps this table 
 | lstm_step_backward               |        53 |            0 |
 """
 
-from kernels.cuda.conv import (
-    conv3x3_backward,
-    conv3x3_forward,
-    conv_relu_pool_backward,
-    conv_relu_pool_forward,
-    maxpool2x2_backward,
-    maxpool2x2_forward,
-    relu_backward,
-    relu_forward,
-)
+from kernels.cuda.conv import conv3x3_forward, conv_relu_pool_forward
+from kernels.cuda.conv_gradients import conv3x3_backward, conv_relu_pool_backward
 from kernels.cuda.dense import (
     dense_backward_bias,
     dense_backward_input,
     dense_backward_weights,
     dense_forward,
     dense_update_weights,
-    sgd_update,
 )
 from kernels.cuda.device import (
     PRECISIONS,
@@ -69,8 +60,19 @@ from kernels.cuda.device import (
     settings,
     synchronise,
 )
-from kernels.cuda.elementwise import cross_entropy_backward, cross_entropy_forward, dropout, dropout_key, softmax
-from kernels.cuda.lstm import lstm_backward, lstm_forward, lstm_inference
+from kernels.cuda.elementwise import (
+    cross_entropy_backward,
+    cross_entropy_forward,
+    dropout,
+    dropout_key,
+    relu_backward,
+    relu_forward,
+    softmax,
+)
+from kernels.cuda.lstm import lstm_forward, lstm_inference
+from kernels.cuda.lstm_gradients import lstm_backward
+from kernels.cuda.pool import maxpool2x2_backward, maxpool2x2_forward
+from kernels.cuda.sgd import sgd_update
 
 __all__ = [
     "PRECISIONS",

@@ -1,4 +1,4 @@
-"""Dense layers on the GPU, and the SGD step.
+"""Dense layers on the GPU.
 
 Each product is one call of `kernels.cuda.matmul`, which says how it is computed and what its floors are.
 """
@@ -10,8 +10,6 @@ from kernels.cuda.device import (
     F,
     Flat,
     I,
-    R,
-    blocks_for,
     check,
     cuda,
     empty,
@@ -53,14 +51,6 @@ def _sum_rows(x: Flat, parts: Flat, rows: int, columns: int, part: int) -> None:
         parts[cuda.blockIdx.y * columns + j] = total
 
 
-@kernel((F, F, F, I, R, R))
-def _sgd(w: Flat, v: Flat, dw: Flat, n: int, lr: float, momentum: float) -> None:
-    for e in range(cuda.grid(1), n, cuda.gridsize(1)):
-        change = momentum * v[e] - lr * dw[e]
-        v[e] = change
-        w[e] += change
-
-
 def dense_forward(x: Array, w: Array, b: Array) -> Array:
     """See `kernels.reference.dense_forward`."""
     N, I, J = *x.shape, w.shape[1]
@@ -100,9 +90,3 @@ def dense_update_weights(x: Array, dy: Array, w: Array, v: Array, lr: float, mom
     N, I, J = *x.shape, dy.shape[1]
     check(x=(x, (N, I), np.float32), dy=(dy, (N, J), np.float32), w=(w, (I, J), np.float32), v=(v, (I, J), np.float32))
     product(whole(x), whole(dy), I, J, N, TURNED_A, UPDATE, out=w, extra=v, lr=lr, momentum=momentum)
-
-
-def sgd_update(w: Array, v: Array, dw: Array, lr: float, momentum: float) -> None:
-    """See `kernels.reference.sgd_update`."""
-    check(w=(w, w.shape, np.float32), v=(v, w.shape, np.float32), dw=(dw, w.shape, np.float32))
-    _sgd(blocks_for(w.size), w, v, dw, w.size, lr, momentum)

@@ -1,6 +1,6 @@
-"""Dropout and the softmax cross-entropy on the GPU.
+"""Dropout, ReLU and the softmax cross-entropy on the GPU.
 
-Dropout's floor is memory, 8 bytes per element. The loss is a handful of classes: one small block.
+The floor of the first two is memory, 8 bytes per element. The loss is a handful of classes: one small block.
 """
 
 import math
@@ -26,7 +26,15 @@ from kernels.cuda.device import (
 )
 from kernels.reference import dropout_key
 
-__all__ = ["cross_entropy_backward", "cross_entropy_forward", "dropout", "dropout_key", "softmax"]
+__all__ = [
+    "cross_entropy_backward",
+    "cross_entropy_forward",
+    "dropout",
+    "dropout_key",
+    "relu_backward",
+    "relu_forward",
+    "softmax",
+]
 
 LOSS_THREADS = 4 if SIMULATED else 128
 
@@ -88,6 +96,34 @@ def _cross_entropy_backward(p: Flat, targets: Flat, dlogits: Flat, B: int, K: in
     for e in range(cuda.grid(1), B * K, cuda.gridsize(1)):
         wanted = float32(1) if e % K == targets[e // K] else float32(0)
         dlogits[e] = (p[e] - wanted) / float32(B)
+
+
+@kernel((F, F, I))
+def _relu(x: Flat, y: Flat, n: int) -> None:
+    for e in range(cuda.grid(1), n, cuda.gridsize(1)):
+        y[e] = float32(0) if x[e] < 0 else x[e]
+
+
+@kernel((F, F, F, I))
+def _relu_backward(dy: Flat, y: Flat, dx: Flat, n: int) -> None:
+    for e in range(cuda.grid(1), n, cuda.gridsize(1)):
+        dx[e] = dy[e] if y[e] > 0 else float32(0)
+
+
+def relu_forward(x: Array) -> Array:
+    """See `kernels.reference.relu_forward`."""
+    check(x=(x, x.shape, np.float32))
+    y = empty(x.shape)
+    _relu(blocks_for(x.size), x, y, x.size)
+    return y
+
+
+def relu_backward(dy: Array, y: Array) -> Array:
+    """See `kernels.reference.relu_backward`."""
+    check(dy=(dy, y.shape, np.float32), y=(y, y.shape, np.float32))
+    dx = empty(y.shape)
+    _relu_backward(blocks_for(y.size), dy, y, dx, y.size)
+    return dx
 
 
 def dropout(x: Array, rate: float, key: tuple[int, int]) -> Array:
