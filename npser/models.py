@@ -212,6 +212,14 @@ class Model:
         if x.ndim != 3 or x.shape[1:] != (self.input_frames, self.settings["bins"]):
             raise ValueError(f"x has shape {x.shape}, not (B, {self.input_frames}, {self.settings['bins']})")
 
+    def _check_batch(self, x: Array, y: NDArray[Any]) -> None:
+        self._check_shape(x)
+        classes = self.settings["classes"]
+        if y.shape != x.shape[:1] or not len(y):
+            raise ValueError(f"y has shape {y.shape}: one class for each of at least one sample, here ({len(x)},)")
+        if y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= classes:
+            raise ValueError(f"y must hold classes, whole numbers from 0 to {classes - 1}")
+
     def _logits(self, x: Array, n: int | None) -> Array:
         self._check_shape(x)
         return self.layers.forward(self.arrays.asarray(x, self.dtype), n)
@@ -233,14 +241,19 @@ class Model:
         return Sequential([SharedWindows(blocks.layer, first, place), *rest])
 
     def loss_and_grads(self, x: Array, y: NDArray[Any]) -> tuple[float, dict[str, Array]]:
-        """Mean cross-entropy of the batch and the gradient of every parameter; dropout off."""
+        """Mean cross-entropy of the batch and the gradient of every parameter; dropout off.
+
+        x (B, input_frames, bins), y (B,) classes. ValueError where they are not.
+        """
+        self._check_batch(x, y)
         sink, targets = Gradients(), self.arrays.asarray(y)
         loss, p = self.k.cross_entropy_forward(self._logits(x, None), targets)
         self.layers.backward(self.k.cross_entropy_backward(p, targets), sink, need_dx=False)
         return float(loss), {name: self.arrays.asnumpy(dw) for name, dw in sink.arrays.items()}
 
     def train_step(self, x: Array, y: NDArray[Any], sgd: SGD) -> float:
-        """One update of the parameters, in place; returns the batch's loss before it."""
+        """One update of the parameters, in place; returns the batch's loss before it. Operands: `loss_and_grads`."""
+        self._check_batch(x, y)
         return float(self.train_batch(x, self.arrays.asarray(y), sgd)[0])
 
     def train_batch(self, x: Array, y: Array, sgd: SGD, place: Array | None = None) -> tuple[Any, Array]:

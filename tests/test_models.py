@@ -454,6 +454,17 @@ def test_wrong_input_shapes(arch, wrong):
     assert_same(model.params, before)
 
 
+@pytest.mark.parametrize("y", [[], [0], [0, 1, 2], [[0, 1]], [0, 7], [-1, 0], [0.0, 1.0], [False, True]])
+def test_wrong_targets(y):
+    """NumPy would take 1 for 2 targets, -1 for the last class, and an empty batch for a loss of NaN."""
+    model, x, y = small("cnn"), np.zeros((2, 16, 16), np.float32), np.array(y)
+    before = copied(model.params)
+    for call in (model.loss_and_grads, lambda x, y: model.train_step(x, y, SGD())):
+        with pytest.raises(ValueError, match=r"^y (has shape|must hold classes)"):
+            call(x[: len(y)] if not len(y) else x, y)
+    assert_same(model.params, before)
+
+
 # --- dropout -----------------------------------------------------------------------------------------------------
 
 
