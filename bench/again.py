@@ -87,7 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fold = f"{published.repeat}.{published.fold}"
     out = options.out or Path(f"runs/again-{name}")
     print(f"fold {fold} of {packed.path}; to go on after an interruption:")
-    print(f"    python -m bench.again {shlex.quote(str(packed.path))} --fold {fold}\n")
+    given = [f"--{word}={value}" for word, value in (("data", options.data), ("out", options.out)) if value]
+    print(f"    python -m bench.again {shlex.join([str(packed.path), '--fold', fold, *given])}\n")
     RunFolder.open_or_create(out, packed.config, MAY_CHANGE, (published.repeat, published.fold))  # not kept: unlocked
     words = shlex.split(command_of(packed.config))[3:]
     words += ["--data", options.data] if options.data else []

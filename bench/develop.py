@@ -3,8 +3,9 @@
 Takes the training utterances of cross-validation folds, holds out a stratified third of them for development, trains on
 the rest, and scores the development utterances after every epoch: with the weights as they are, with their mean over
 the last three epochs (_mean), and by the networks of the last three epochs together (_votes). A fold's test utterances
-are never read. Every trial is appended to a table that ships with the project, one line per epoch; a trial that the
-table has is not computed again. At the end, all trials of the network are summed up, one line for each configuration.
+are never read. Every trial is appended to a table that ships with the project, one line per epoch, without figures for
+the one in which it diverged; a trial that the table has is not computed again. At the end, all trials of the network
+are summed up, one line for each configuration.
 """
 
 import argparse
@@ -93,15 +94,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if max(options.fold) >= options.folds:
             raise UserError(f"--fold {max(options.fold)}: there are folds 0 to {options.folds - 1}")
         require_place(options.table, f"--table {options.table}")
-        set_threads(options.threads, options.backend)
+        threads = set_threads(options.threads, options.backend)
         with computing(options.backend):
-            _trials(options, recipe)
+            _trials(options, recipe, threads)
     lines = [line for line in read(options.table) if line["arch"] == options.arch]
     print(text_table(summary(lines)))
     return 0
 
 
-def _trials(options: argparse.Namespace, recipe: Recipe) -> None:
+def _trials(options: argparse.Namespace, recipe: Recipe, threads: int) -> None:
     """Run the trials that the table has not yet."""
     from npser.corpus import open_corpus
     from npser.crossval import Settings, make_folds, prepare, training_steps
@@ -123,7 +124,7 @@ def _trials(options: argparse.Namespace, recipe: Recipe) -> None:
     ]
     if not waiting:
         return
-    spoken = read_versions(corpus, options.backend, options.threads or 1, recipe.speeds)
+    spoken = read_versions(corpus, options.backend, threads, recipe.speeds)
     commit = versions()["commit"]
     folds = make_folds(corpus, "stratified", options.folds, 1, 0)
     parts = {}
@@ -141,11 +142,14 @@ def _trials(options: argparse.Namespace, recipe: Recipe) -> None:
         model, task = prepare(spoken, corpus.targets, train, len(corpus.labels), frozen[seed], (seed, 0, fold))
         assert model.scale is not None
         held_out = WindowSet([spoken[0][i] for i in development], model.scale, length, recipe.segment_hop)
+        lines: list[Line] = []
         try:
-            lines = list(_epochs(model, task, held_out, corpus.targets[development], progress))
+            for line in _epochs(model, task, held_out, corpus.targets[development], progress):
+                lines.append(line)
         except RunFailed as error:
             progress.say(str(error))
-            continue
+            progress.end_fold()
+            lines.append({"epoch": len(lines) + 1})  # without figures
         about = {"arch": options.arch, "corpus": corpus.name, "folds": options.folds, "fold": f"0.{fold}"}
         about |= {
             "held_out": f"{options.share:g}",
@@ -203,10 +207,15 @@ def read(table: Path) -> list[dict[str, str]]:
     if not table.exists():
         return []
     try:
-        with table.open(newline="") as file:
-            return list(csv.DictReader(file))
-    except OSError as error:
-        raise UserError(f"--table {table}: cannot be read ({error.strerror}): name another") from error
+        with table.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            lines = list(reader)
+        if missing := set(COLUMNS) - set(reader.fieldnames or ()):
+            raise ValueError(f"it has no column {min(missing)}")
+    except (OSError, ValueError, csv.Error) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"--table {table}: cannot be read as a table of trials ({why}): name another") from error
+    return lines
 
 
 def append(table: Path, lines: Sequence[Line]) -> None:

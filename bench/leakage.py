@@ -14,7 +14,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from bench import protocol
-from npser.cli import Parser, computing, machine, run, set_threads
+from npser.cli import Parser, computing, run, set_threads
 from npser.document import Table, text_table
 from npser.foldresult import FoldResult, fold_result
 from npser.recipes import Recipe, recipe_for
@@ -208,7 +208,7 @@ def experiments(options: argparse.Namespace, threads: int) -> list[RunFolder]:
     from npser.frontend import read_frames
     from npser.models import input_frames
     from npser.progress import Progress
-    from npser.runconfig import run_config
+    from npser.runconfig import machine_of, run_config
 
     corpus = open_corpus(options.data)
     given = {name: getattr(options, name) for name in ("epochs", "segment_hop") if getattr(options, name)}
@@ -223,7 +223,7 @@ def experiments(options: argparse.Namespace, threads: int) -> list[RunFolder]:
     }
     shape = options.folds, options.repeats
     config = run_config(corpus, settings, options.recipe, "stratified", *shape, "float32", threads)
-    about = {name: config[name] for name in ("backend", "threads", "versions")} | {"machine": machine()}
+    about = {name: config[name] for name in ("backend", "threads", "versions")} | {"machine": machine_of(config)}
     folders = {
         name: RunFolder.open_or_create(options.out / name, {**config, "experiment": name}, MAY_CHANGE)
         for name in EXPERIMENTS

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench import protocol
-from npser.cli import Parser, computing, machine, run, set_threads
+from npser.cli import Parser, computing, run, set_threads
 from npser.document import Table, text_table
 from npser.errors import RunFailed, UserError
 from npser.foldresult import FoldResult
@@ -102,7 +102,7 @@ def select(options: argparse.Namespace, threads: int) -> RunFolder:
     from npser.frontend import read_versions
     from npser.models import input_frames
     from npser.progress import Progress
-    from npser.runconfig import run_config
+    from npser.runconfig import machine_of, run_config
 
     corpus = open_corpus(options.data)
     given = {name: getattr(options, name) for name in ("epochs", "segment_hop") if getattr(options, name)}
@@ -113,7 +113,7 @@ def select(options: argparse.Namespace, threads: int) -> RunFolder:
     settings = [Settings(options.arch, options.backend, options.seed, "sum", candidate) for candidate in chosen_among]
     shape = options.folds, options.repeats
     config = run_config(corpus, settings[0], options.recipe, "stratified", *shape, "float32", threads)
-    about = {name: config[name] for name in ("backend", "threads", "versions")} | {"machine": machine()}
+    about = {name: config[name] for name in ("backend", "threads", "versions")} | {"machine": machine_of(config)}
     config |= {"experiment": "nested", "candidates": [describe(candidate) for candidate in chosen_among]}
     config |= {"changes": options.candidate} if options.candidate else {}
     folder = RunFolder.open_or_create(options.out, config, MAY_CHANGE)
@@ -210,6 +210,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     p.add_argument("--frozen", type=Path, metavar="RUN", help="the run of the frozen settings to stand beside")
     options = p.parse_args(arguments)
+    if options.frozen:
+        open_run(options.frozen)  # said now, not after hours
     threads = set_threads(options.threads, options.backend)
     with computing(options.backend):
         folder = select(options, threads)

@@ -74,7 +74,7 @@ def name_of(config: Mapping[str, Any]) -> str:
     parts = [config.get("experiment"), config["arch"], config["corpus"]]
     parts += [config["cv"] if config["cv"] != "stratified" else None]
     parts += [config["recipe"] if config["recipe"] != "paper" else None]
-    others = {name: value for name, value in unusual(config).items() if name != "seed"}
+    others = {name: value for name, value in unusual(config).items() if name not in ("seed", "repeats")}  # may grow
     for name, value in (off_recipe(config) | others).items():
         parts.append(value if name in ("backend", "precision") else f"{name.replace('_', '-')}{_spelt(value)}")
     parts += [f"s{config['seed']}"]

@@ -180,7 +180,7 @@ def paired(a: Sequence[FoldResult], b: Sequence[FoldResult], vote_a: str, vote_b
     if len(names) > 1 and "" not in names:
         by_speaker = np.bincount(of, weights=w * d)
         sums = _signs(len(names)) @ by_speaker
-        extreme = np.abs(sums) >= abs(difference) * (1 - 1e-9)
+        extreme = np.abs(sums) >= abs(difference) - 1e-12  # sums that are equal round differently
         p_speakers = float(extreme.mean())
         low, high = _difference_interval(common, d, of)
     a_better, b_better = int((d > 0).sum()), int((d < 0).sum())

@@ -64,7 +64,7 @@ def build(graph: Graph, model: Model) -> Any:
             x = _lstm(graph, params, name, x)
         x = _last(graph, x)
     else:
-        x = _time_distributed(graph, params, x, model.input_frames, bins)
+        x = _time_distributed(graph, params, x, bins)
         for name in ("lstm1", "lstm2"):
             x = _lstm(graph, params, name, x)
         x = _last(graph, x)
@@ -100,7 +100,7 @@ def _convolutions(graph: Graph, params: dict[str, Any], x: str) -> str:
     return graph.node("Flatten", graph.node("Transpose", x, perm=[0, 2, 3, 1]), axis=1)
 
 
-def _time_distributed(graph: Graph, params: dict[str, Any], x: str, frames: int, bins: int) -> str:
+def _time_distributed(graph: Graph, params: dict[str, Any], x: str, bins: int) -> str:
     """(B, frames, F) -> (W, B, features): the windows of all samples go through the convolutions as one batch."""
     from npser.models import WINDOW_HOP, WINDOWS
 

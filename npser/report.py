@@ -22,16 +22,20 @@ from npser.runreport import report
 def merged(folders: Sequence[Run]) -> list[tuple[Run, list[FoldResult]]]:
     """The runs in these folders: folders of the same configuration are one run, computed on several machines.
 
-    Unless they decided otherwise on a fold that both have, as another backend may: those are two runs.
+    Some may have been begun with fewer repeats. But where they decided otherwise on a fold that both have, as another
+    backend may, they are two runs.
     """
     runs: list[tuple[str, Run, dict[tuple[int, int], FoldResult]]] = []
     for folder in folders:
-        key = json.dumps({k: v for k, v in folder.config.items() if k not in MAY_CHANGE}, sort_keys=True)
+        own = {k: v for k, v in folder.config.items() if k not in (*MAY_CHANGE, "repeats")}
+        key = json.dumps(own, sort_keys=True)
         made = {(result.repeat, result.fold): result for result in folder.load_folds()}
-        for other, _, results in runs:
+        for n, (other, first, results) in enumerate(runs):
             common = made.keys() & results.keys()
             if other == key and all(made[fold].confusion == results[fold].confusion for fold in common):
                 results.update({fold: result for fold, result in made.items() if fold not in common})
+                if folder.config.get("repeats", 0) > first.config.get("repeats", 0):
+                    runs[n] = other, folder, results
                 break
         else:
             runs.append((key, folder, made))

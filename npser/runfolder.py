@@ -167,8 +167,10 @@ class RunFolder:
                 # finished meanwhile, so that the tables end up complete.
                 done = self.finished()
                 results = self.load_folds()
-                write_atomically(self.path / "predictions.csv", _predictions_csv(results, self.config))
-                write_atomically(self.path / "report.md", render_markdown(self.config, results))
+                # Another may have resumed the run meanwhile, with another vote or more repeats.
+                config = _read_config(self.path) if (self.path / "config.json").exists() else self.config
+                write_atomically(self.path / "predictions.csv", _predictions_csv(results, config))
+                write_atomically(self.path / "report.md", render_markdown(config, results))
                 if self.finished() == done:
                     return
 

@@ -280,15 +280,18 @@ def _fit_everything(options: argparse.Namespace, corpus: "Corpus", config: dict[
 
 
 def _measured_score(run: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """The figures of a cross-validation for the model file; UserError unless it is of the same settings and data."""
+    """The figures of a cross-validation for the model file; UserError unless it is of the same settings and data.
+
+    What an experiment says (`bench.leakage`, `bench.nested`), which has all of these in common, is no score of a model.
+    """
     from npser.analysis import speaker_matrices, uar_interval
     from npser.packed import open_run
     from npser.runreport import summary_of
 
     folder = open_run(run)
     same = ["arch", "utterances_sha256", "audio_sha256", "labels", *as_settings(from_settings(config))]
-    same += ["optimiser", "features"]
-    differing = [key.removesuffix("_sha256") for key in same if folder.config.get(key) != config[key]]
+    same += ["optimiser", "features", "experiment"]
+    differing = [key.removesuffix("_sha256") for key in same if folder.config.get(key) != config.get(key)]
     if differing:
         raise UserError(f"--score-from {run}: another training, its {', '.join(differing)} are not those of this one")
     results = folder.load_folds()

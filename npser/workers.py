@@ -102,22 +102,22 @@ def run_folds(
     executor: Executor,
     jobs: Iterable[Job],
     folder: "RunFolder",
-    at_once: int,
+    at_once: Callable[[], int],
     total: int | None = None,
     meanwhile: Callable[[], None] | None = None,
 ) -> None:
-    """Compute the folds, at most `at_once` of them at a time, and save each as soon as it is there.
+    """Compute the folds, at most `at_once()` of them at a time, and save each as soon as it is there.
 
     Whatever a fold raises is raised here, once those that are being computed are finished and kept; no other is begun.
     total: how many there were in the beginning, for the lines that count them (default: these); meanwhile: called
     every LOOK_EVERY seconds in which no fold is done.
     """
     waiting = list(jobs)
-    total, running = total or len(waiting), dict[Future[Any], Job]()
+    total, running, failed = total or len(waiting), dict[Future[Any], Job](), 0
     failure: BaseException | None = None
     try:
         while running or (waiting and failure is None):
-            while waiting and failure is None and len(running) < at_once:
+            while waiting and failure is None and len(running) < at_once():
                 job = waiting.pop(0)
                 running[executor.submit(compute, job)] = job
             done, _ = wait(running, LOOK_EVERY if meanwhile else None, return_when=FIRST_COMPLETED)
@@ -130,10 +130,11 @@ def run_folds(
                         others = f"{count(len(running), 'folds')} at work {'is' if len(running) == 1 else 'are'}"
                         _say(f"fold {job.name} failed; {others} finished first")
                     failure = failure or error
+                    failed += 1
                     continue
                 result = future.result()
                 folder.save_fold(result)
-                left = len(waiting) + len(running)
+                left = len(waiting) + len(running) + failed
                 last = f", training loss {result.epochs[-1].loss:.4f}" if result.epochs else ""
                 took = f" in {result.run['seconds']:.0f} s" if "seconds" in result.run else ""
                 _say(f"fold {job.name} done{took}{last}; {total - left} of {total}")
@@ -172,7 +173,7 @@ def run_locally(
     for _ in range(LOST):
         try:
             with (make or spawned)(min(workers, len(left))) as executor:
-                run_folds(executor, left, folder, workers, total)
+                run_folds(executor, left, folder, lambda: workers, total)
             return
         except BrokenProcessPool:  # a dead process takes its pool along
             _say("a worker died (killed, or out of memory): unfinished folds start again")
@@ -216,14 +217,15 @@ class _Pool(ProcessPoolExecutor):
 def spawned(workers: int) -> Iterator[ProcessPoolExecutor]:
     """Spawned processes, never forked ones: GNU OpenMP aborts in a forked child's first parallel region.
 
-    They end with this process, whatever ends it, and at once when the run is interrupted.
+    They end with this process, whatever ends it, and at once when the run is interrupted or fails: nobody would take
+    what they still compute.
     """
     context = multiprocessing.get_context("spawn")
     listener, lifeline = context.Pipe(duplex=False)
     with listener, lifeline, _Pool(workers, context, _end_with_parent, (listener,)) as executor:
         try:
             yield executor
-        except KeyboardInterrupt:
+        except BaseException:
             lifeline.close()
             raise
 
@@ -291,8 +293,14 @@ def run_on_dask(jobs: Iterable[Job], folder: "RunFolder", address: str) -> None:
                 if deserted and not before:
                     _say(f"no worker is left on {address}: waiting for another one (Ctrl-C ends the run)")
 
+        def workers() -> int:
+            try:
+                return max(1, len(client.nthreads()))
+            except Exception:  # the scheduler is gone: the folds will say so
+                return 1
+
         try:
-            run_folds(client.get_executor(pure=False), jobs, folder, len(jobs), meanwhile=look)
+            run_folds(client.get_executor(pure=False), jobs, folder, workers, meanwhile=look)
         except KilledWorker as error:
             raise RunFailed("--dask: a fold lost its worker several times; the finished folds are kept") from error
         except CancelledError as error:

@@ -35,10 +35,10 @@ def compute(tones, tmp_path, monkeypatch):
     return lambda *arguments: again.main([*map(str, arguments), "--data", str(tones)])
 
 
-def test_an_equal_fold(compute, published, tmp_path, capsys):
+def test_an_equal_fold(compute, published, tones, tmp_path, capsys):
     assert compute(published, "--fold", "1.1") == 0
     out = capsys.readouterr().out
-    assert f"python -m bench.again {published} --fold 1.1" in out
+    assert f"python -m bench.again {published} --fold 1.1 --data={tones}" in out
     assert re.search(r"^training loss, last epoch  .*  0 at most, of all epochs$", out, re.MULTILINE)
     assert re.search(r"^decisions  .*  0 otherwise$", out, re.MULTILINE)
     assert re.search(r"^probabilities  .*  0 at most$", out, re.MULTILINE)

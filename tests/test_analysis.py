@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -171,6 +172,25 @@ def test_a_run_against_itself():
     result = paired([random_fold(EVEN)], [random_fold(EVEN)], "sum", "sum")
     assert (result.difference, result.p_speakers, result.p_utterances) == (0, 1, 1)
     assert (result.low, result.high) == (0, 0)
+
+
+def test_a_difference_of_nothing_has_a_p_of_one():
+    """Shares that sum to 0 by pencil, and to something like 1e-17 in floating point."""
+    rounded = 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        runs, exact = ({}, {}), Fraction(0)
+        for truth, size in enumerate(rng.integers(2, 12, 2).tolist()):
+            for n in range(size):
+                decisions = rng.integers(0, 2, 2).tolist()
+                exact += Fraction((decisions[0] == truth) - (decisions[1] == truth), 2 * size)
+                for run, k in zip(runs, decisions, strict=True):
+                    run[f"{truth}{n}.wav"] = ("abcdef"[n % 6], truth, k, 0.9 if k else 0.1)
+        result = paired([fold(runs[0])], [fold(runs[1])], "sum", "sum")
+        if exact == 0:
+            assert result.p_speakers == 1
+            rounded += result.difference != 0
+    assert rounded
 
 
 def test_unknown_speakers_and_other_utterances():

@@ -141,9 +141,25 @@ def test_torch_compile_computes_what_the_reference_does(everything, references):
         assert reply.get("error", 0) <= workload.tolerance, (workload, reply)
 
 
-def test_memory_is_of_a_process_that_trained():
+def test_memory_is_of_a_process_that_trained(monkeypatch):
     workload = Workload("memory", "", {"arch": "cnn", "B": 2, "model": TINY})
     assert race.peak_memory(OURS, workload, 1) > 50e6
+    asked = []
+
+    class Noting:
+        def __init__(self, *_, **__):
+            pass
+
+        def ask(self, do, **_):
+            asked.append(do)
+            return {"bytes": 1}
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(race, "Worker", Noting)
+    race.peak_memory(OURS, workload, 1)
+    assert asked == ["prepare", "begin", "run", "remember"]
 
 
 def test_a_first_step_compiles_kernels_and_keeps_them(tmp_path):

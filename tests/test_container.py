@@ -94,4 +94,5 @@ def test_an_mp3_file_with_a_large_tag_is_whole(mp3):
 def test_what_is_no_mp3_file_has_no_samples(tmp_path, junk):
     path = tmp_path / "x.mp3"
     path.write_bytes(junk + b"-")
-    assert mp3_samples(str(path))[0] <= 3 * 1152
+    headers = junk.startswith(b"\xff\xfb\x90\x00")  # of frames; the first is all that fits in
+    assert mp3_samples(str(path)) == (1152 if headers else 0, False)

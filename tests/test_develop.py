@@ -1,6 +1,7 @@
 """Development trials: what they read, what they write, and that none is computed twice."""
 
 import csv
+import re
 import subprocess
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from bench import develop
 from npser import crossval
 from npser.cli import commit_of
-from npser.errors import UserError
+from npser.errors import RunFailed, UserError
 
 SMALL = (
     "--arch",
@@ -103,6 +104,30 @@ def test_a_wrong_option_is_refused(tones, table, wrong, capsys):
         run(tones, table, *wrong)
     assert wrong[0] in f"{refused.value}{capsys.readouterr().err}"
     assert not table.exists()
+
+
+@pytest.mark.parametrize("content", [b"arch,epoch\nlstm,1\n", b"# Results\n", b"", b"\xff\xfe"])
+def test_what_is_no_table_is_refused(table, content):
+    table.write_bytes(content)
+    with pytest.raises(UserError, match=r"trials\.csv: cannot be read as a table of trials"):
+        develop.main(["--arch", "lstm", "--summary", "--table", str(table)])
+
+
+def test_a_trial_that_diverges_is_in_the_table(tones, table, monkeypatch, capsys):
+    real = develop._epochs
+
+    def diverging(*arguments):
+        yield next(iter(real(*arguments)))
+        raise RunFailed("fold 0.0: the training diverged")
+
+    monkeypatch.setattr(develop, "_epochs", diverging)
+    assert run(tones, table) == 0
+    first, last = csv.DictReader(table.open())
+    assert (first["epoch"], last["epoch"], last["f1"], last["settings"]) == ("1", "2", "", first["settings"])
+    assert re.search(r"epochs=2 .*  -  ", capsys.readouterr().out)
+    before = table.read_text()
+    assert run(tones, table) == 0
+    assert table.read_text() == before
 
 
 def test_trials_of_another_corpus_or_of_other_folds_are_others(tones, table, capsys):

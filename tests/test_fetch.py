@@ -102,6 +102,14 @@ def contents(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.fixture
+def unpacked(monkeypatch):
+    """The bytes of every archive that is unpacked. (A ZIP file is read from its end: what is before it is ignored.)"""
+    seen, unpack = [], fetch.unpack
+    monkeypatch.setattr(fetch, "unpack", lambda path, *rest: (seen.append(path.read_bytes()), unpack(path, *rest)))
+    return seen
+
+
 def leftovers(folder):
     return sorted(path.name for path in folder.parent.iterdir() if path != folder)
 
@@ -138,20 +146,24 @@ def test_gives_up_after_some_tries_and_goes_on_at_the_next_start(server, tmp_pat
     assert leftovers(tmp_path / "emodb") == []
 
 
-def test_another_version_is_not_glued_to_the_first(server, tmp_path):
+def test_another_version_is_not_glued_to_the_first(server, tmp_path, unpacked):
     server.break_after = [40_000] + [0] * fetch.TRIES
     with pytest.raises(RunFailed):
         fetch_emodb(tmp_path / "emodb", server.url, MANIFEST)
     server.content, server.tag, server.break_after = archive(FILES, "other/"), '"v2"', []
     fetch_emodb(tmp_path / "emodb", server.url, MANIFEST)
     assert contents(tmp_path / "emodb") == FILES
+    assert unpacked == [server.content]
 
 
 @pytest.mark.parametrize(("ranges", "tag"), [(False, '"v1"'), (True, 'W/"weak"')])
-def test_a_server_that_cannot_go_on_starts_again(server, tmp_path, ranges, tag):
+def test_a_server_that_cannot_go_on_starts_again(server, tmp_path, ranges, tag, unpacked):
+    """One that knows no ranges, and one that promises no more than that another answer means the same."""
     server.ranges, server.tag, server.break_after = ranges, tag, [30_000]
     fetch_emodb(tmp_path / "emodb", server.url, MANIFEST)
     assert contents(tmp_path / "emodb") == FILES
+    assert unpacked == [server.content]
+    assert (server.requests[-1][1] is None) == tag.startswith("W/")
 
 
 def test_redirects_are_followed_and_keep_the_range(server, tmp_path):

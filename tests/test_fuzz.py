@@ -270,6 +270,7 @@ class Models:
         self.about = json.loads(str(self.arrays["about"]))
 
     def __call__(self, rng):
+        from npser.errors import printable
         from npser.models import load_model
         from npser.predict import _trained_hop, describe
         from npser.scoring import standardisation
@@ -279,13 +280,15 @@ class Models:
             data = damaged(self.whole, rng)
         elif what < 0.6:
             text = altered_text(self.about, rng).decode("utf-8", "replace")
-            data = odd_archive(self.arrays | {"about": np.array(text)}, random.Random(3))
+            file = io.BytesIO()
+            np.savez(file, **(self.arrays | {"about": np.array(text)}))
+            data = file.getvalue()
         else:
             data = odd_archive(self.arrays, rng)
         self.path.write_bytes(data)
         model = load_model(self.path, "reference")
         hop = _trained_hop(model, self.path)
-        assert "\n" not in describe(model, self.path, hop, 1)
+        assert "\n" not in printable(describe(model, self.path, hop, 1))  # as the command prints it
         frames = standardisation(model).apply(np.zeros((model.input_frames, model.settings["bins"]), np.float32))
         p = model.predict_proba(frames[None])
         assert p.shape == (1, len(model.labels))
@@ -514,7 +517,9 @@ class Names:
         inputs = list(find_inputs([str(root), str(emotions[0] / "nothing")], root / "spool"))
         assert inputs
         corpus = open_corpus(str(root))
-        assert not any("\x1b" in line or "\n" in line for line in "\n\n".join(describe(corpus, None)).split("\n"))
+        parts = describe(corpus, None)
+        assert not any("\x1b" in part for part in parts)
+        assert not any("\n" in part for n, part in enumerate(parts) if n != 2)  # 2 is the table
         read_frames(corpus, "reference")
         files = [u.name for u in corpus.utterances]
         config = {"labels": list(corpus.labels), "vote": "sum", "corpus": corpus.name}

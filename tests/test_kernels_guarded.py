@@ -84,13 +84,14 @@ UNGUARDED = {"simd", "stft"}  # the language itself; no vector kernels
 GUARDED_MODULES = [
     module
     for found in pkgutil.iter_modules(cpu.__path__)
-    if found.name not in UNGUARDED and hasattr(module := import_module(f"kernels.cpu.{found.name}"), "np")
+    if found.name not in UNGUARDED
+    and {"np", "scratch"} & set(vars(module := import_module(f"kernels.cpu.{found.name}")))
 ]
 
 
 def guarded_run(side):
     """Every operation with guarded operands, scratch and results; says how many agreed with an unguarded call."""
-    guard = Guarded(side)
+    guard, scratch = Guarded(side), tools.scratch
     agreed = 0
     todo = [(cpu, name, *rest) for sizes in GUARD_SIZES for name, rest in calls(**sizes).items()]
     todo += [(sparse, name, *rest) for name, rest in calls_from_lists().items()]
@@ -110,7 +111,7 @@ def guarded_run(side):
             for module in GUARDED_MODULES:
                 module.np = np
                 if hasattr(module, "scratch"):
-                    module.scratch = tools.scratch
+                    module.scratch = scratch
         for ours, theirs in zip(got, expected, strict=True):
             np.testing.assert_array_equal(ours, theirs, err_msg=name)
         agreed += 1

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from bench import nested
-from npser import train
+from npser import crossval, train
 from npser.errors import RunFailed, UserError
 from npser.metrics import average_f1
-from npser.recipes import NAMES, Recipe, recipe_for
+from npser.recipes import NAMES, Recipe, describe, recipe_for
 from npser.runfolder import RunFolder
 
 SHORT = ("--arch", "lstm", "--folds", "2", "--repeats", "1", "--epochs", "2", "--segment-hop", "40", "--threads", "1")
@@ -37,11 +37,25 @@ def test_the_best_on_development_data_is_chosen(finished):
         assert result.run["chosen"] == int(np.argmax(scores))
 
 
+def test_a_frozen_run_that_is_not_there_is_missed_before_anything_is_computed(tones, tmp_path):
+    with pytest.raises(UserError, match="absent: "):
+        nested.main([*SHORT, *CHOICE, "--data", str(tones), "--out", str(tmp_path / "out"), "--frozen", "absent"])
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("winner", [0, 1, 2])
 def test_whichever_wins_is_what_is_trained(winner, tones, tmp_path, monkeypatch, frozen):
     scores = iter([float(n == winner) for n in range(3)])
+    trained, train_and_test = [], crossval.train_and_test
+
+    def noting(corpus, spoken, fold, settings, *rest):
+        trained.append(describe(settings.recipe))
+        return train_and_test(corpus, spoken, fold, settings, *rest)
+
     monkeypatch.setattr(nested, "development_score", lambda *_: next(scores))
+    monkeypatch.setattr(crossval, "train_and_test", noting)
     nested.main([*SHORT, *CHOICE, "--data", str(tones), "--out", str(tmp_path), "--only", "0.0"])
+    assert trained == [RunFolder.open(tmp_path).config["candidates"][winner]]
     ours = RunFolder.open(tmp_path).load_fold(0, 0)
     plain = RunFolder.open(frozen).load_fold(0, 0)
     same = [u.probabilities for u in ours.utterances] == [u.probabilities for u in plain.utterances]
@@ -55,12 +69,12 @@ def test_the_choice_never_sees_the_test_fold(tones, tmp_path, monkeypatch):
     def watched(corpus, spoken, fold, settings, progress):
         blind = [x if i in set(fold.train.tolist()) else np.full_like(x, np.nan) for i, x in enumerate(spoken[0])]
         seen.append(split(corpus, [blind], fold, settings, progress))
+        assert split(corpus, spoken, fold, settings, progress) == seen[-1]
         return seen[-1]
 
     monkeypatch.setattr(nested, "development_score", watched)
     nested.main([*SHORT, *CHOICE, "--data", str(tones), "--out", str(tmp_path), "--only", "0.1"])
     assert len(seen) == 3
-    assert np.isfinite(seen).all()
 
 
 def test_the_table_stands_beside_the_frozen_run(finished, frozen, tones, capsys):

@@ -109,6 +109,18 @@ def test_training_follows_every_field_of_a_recipe():
     for name, value in changes.items():
         other = weights(**{name: value})
         assert not np.array_equal(other, same), name
+    told = {"epochs": 3, "batch_size": 4, "clip_norm": 0.01, "final_rate": 0.1, "average_last": 2, "share_windows": 2}
+    task = small_task(**told)
+    assert {name: getattr(task, name) for name in told} == told
+    assert told.keys() == {f.name for f in fields(Recipe)} & {f.name for f in fields(Task)}
+
+
+def test_standardisation_is_of_every_bin_or_of_all_together():
+    everything = np.concatenate(UTTERANCES).astype(np.float64)
+    for kind, axis in (("bin", 0), ("global", None)):
+        scale = Standardisation.of(UTTERANCES, kind)
+        np.testing.assert_allclose(scale.mean, np.broadcast_to(everything.mean(axis), 128), atol=1e-5)
+        np.testing.assert_allclose(scale.deviation, np.broadcast_to(everything.std(axis), 128), rtol=1e-5)
 
 
 def test_the_weights_are_the_mean_of_the_last_epochs():

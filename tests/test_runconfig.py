@@ -2,11 +2,12 @@
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import soundfile
 
-from npser import train
+from npser import synthetic, train
 from npser.corpus import open_corpus
 from npser.crossval import Settings
 from npser.errors import UserError
@@ -44,6 +45,14 @@ def test_other_recordings_under_the_same_names_are_another_corpus(tones, tmp_pat
     soundfile.write(noisy, 0.9 * samples, rate)
     with pytest.raises(UserError, match=r"what the recordings hold \(SHA-256\) was"):
         train.main(command)
+
+
+def test_another_synthesiser_makes_another_built_in_corpus(tmp_path, monkeypatch):
+    before = audio_sha256(CORPUS)
+    changed = tmp_path / "synthetic.py"
+    changed.write_text(Path(synthetic.__file__).read_text(encoding="utf-8") + "# otherwise\n", encoding="utf-8")
+    monkeypatch.setattr(synthetic, "__file__", str(changed))
+    assert audio_sha256(CORPUS) != before
 
 
 def test_a_recording_that_cannot_be_read_is_named(tones, monkeypatch):

@@ -383,6 +383,14 @@ def test_tables_follow_the_configured_vote_whatever_the_fold_recorded(tmp_path):
     assert by_majority == ["fear", "neutral", "fear"] * 2
 
 
+def test_tables_follow_the_newest_configuration(tmp_path):
+    """Of two programs that share a folder, the one that was started first may be the last to finish a fold."""
+    first = RunFolder.open_or_create(tmp_path, {**CONFIG, "vote": "sum"}, MAY_CHANGE, (0, 0))
+    RunFolder.open_or_create(tmp_path, {**CONFIG, "vote": "majority"}, MAY_CHANGE, (0, 1))
+    first.save_fold(make_fold())
+    assert [row[5] for row in rows_of(tmp_path / "predictions.csv")[1:]] == ["fear", "neutral", "fear"]  # by majority
+
+
 def test_folds_are_sorted_as_numbers_and_other_files_ignored(tmp_path):
     folder = RunFolder.open_or_create(tmp_path, CONFIG)
     for fold in (10, 2):

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +19,13 @@ from conftest import has_gpu, run_module, start_module, write_tone
 from npser import train, trainer
 from npser.errors import RunFailed, UserError
 from npser.features import FRAME, HOP
+from npser.foldresult import fold_result
 from npser.models import load_model
 from npser.optim import SGD
 from npser.packed import pack
 from npser.runfolder import RunFolder
 
-# The lstm is the fastest of the three networks; a hop of 40 frames leaves one or two windows per tone.
+# The lstm is the fastest of the three networks; a hop of 40 frames leaves one window of a tone.
 WHOLE = ("--arch", "lstm", "--epochs", "3", "--segment-hop", "40")
 SHORT = (*WHOLE, "--folds", "2", "--repeats", "1")
 
@@ -102,10 +102,11 @@ def test_same_command_again_trains_nothing_and_prints_the_same_table(finished, t
     assert {path: path.read_bytes() for path in (finished / "folds").iterdir()} == before
 
 
-def test_majority_vote_may_be_asked_for_later(finished, tones):
-    again = run_module("npser.train", *SHORT, "--data", tones, "--out", finished, "--vote", "majority")
+def test_majority_vote_may_be_asked_for_later(finished, tones, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "out")
+    again = run_module("npser.train", *SHORT, "--data", tones, "--out", out, "--vote", "majority")
     assert again.returncode == 0, again.stderr
-    assert "majority vote" in (finished / "report.md").read_text().split("\n## ")[0]
+    assert "majority vote" in (out / "report.md").read_text().split("\n## ")[0]
 
 
 @pytest.mark.parametrize(("option", "value", "old"), [("--epochs", "4", "3"), ("--seed", "5", "0")])
@@ -461,7 +462,7 @@ def test_model_with_the_score_of_its_cross_validation_stored_as_float16(finished
     majority = {**folder.config, "vote": "majority"}
     pack(
         majority,
-        [replace(r, vote="majority", utterances=by_majority(r)) for r in folder.load_folds()],
+        [with_wrong_majorities(r) for r in folder.load_folds()],
         tmp_path / "run.json.xz",
     )
     assert train._measured_score(tmp_path / "run.json.xz", majority) == packed  # the model decides by sum
@@ -469,8 +470,13 @@ def test_model_with_the_score_of_its_cross_validation_stored_as_float16(finished
         train.main([*map(str, options), "--vote", "majority"])
 
 
-def by_majority(result):
-    return tuple(replace(u, prediction=u.majority) for u in result.utterances)
+def with_wrong_majorities(result):
+    """The same fold of two classes, by majority, and every majority for the other class."""
+    truth = [result.labels.index(u.truth) for u in result.utterances]
+    told = {"files": [u.file for u in result.utterances], "speakers": [u.speaker for u in result.utterances]}
+    told |= {"probabilities": [u.probabilities for u in result.utterances], "majority": [1 - k for k in truth]}
+    told |= {"epochs": result.epochs, "run": result.run, "labels": result.labels, "truth": truth}
+    return fold_result(repeat=result.repeat, fold=result.fold, vote="majority", **told)
 
 
 def test_a_model_on_everything_does_not_stand_in_the_way_of_its_cross_validation(finished, tones, tmp_path):
@@ -489,6 +495,8 @@ def test_the_score_of_another_training_is_refused(finished, tones, tmp_path):
     other = tmp_path / "other"
     write_tone(other / "low" / "a.wav", 200)
     write_tone(other / "high" / "a.wav", 700)
+    run = RunFolder.open(finished)
+    pack({**run.config, "experiment": "windows-split"}, run.load_folds(), tmp_path / "leaks.json.xz")
     base = ["--arch", "lstm", "--data", str(tones), "--cv", "none", "--out", str(tmp_path / "o"), "--epochs", "3"]
     for options, said in [
         (["--segment-hop", "8", "--score-from", str(finished)], "its segment_hop are not"),
@@ -497,6 +505,7 @@ def test_the_score_of_another_training_is_refused(finished, tones, tmp_path):
             "its utterances, audio, labels are",
         ),
         (["--segment-hop", "40", "--score-from", str(tmp_path)], "not a run folder"),
+        (["--segment-hop", "40", "--score-from", str(tmp_path / "leaks.json.xz")], "its experiment are not"),
         (["--cv", "stratified", "--storage", "float16"], "no single model"),
     ]:
         with pytest.raises(UserError, match=said):

@@ -9,6 +9,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_module
@@ -86,7 +87,7 @@ def folder(tmp_path):
 def test_any_executor_will_do(folder, monkeypatch):
     monkeypatch.setattr(workers, "compute", lambda job: a_result(job.fold))
     with ThreadPoolExecutor(2) as executor:
-        workers.run_folds(executor, [job(n) for n in range(5)], folder, 2)
+        workers.run_folds(executor, [job(n) for n in range(5)], folder, lambda: 2)
     assert folder.finished() == [(0, n) for n in range(5)]
 
 
@@ -101,27 +102,68 @@ def test_a_failing_fold_ends_the_run_and_the_finished_ones_are_kept(folder, monk
 
     monkeypatch.setattr(workers, "compute", compute)
     with ThreadPoolExecutor(1) as executor, pytest.raises(RunFailed, match=r"fold 0\.2: diverged"):
-        workers.run_folds(executor, [job(n) for n in range(6)], folder, 1)
+        workers.run_folds(executor, [job(n) for n in range(6)], folder, lambda: 1)
     assert folder.finished() == [(0, 0), (0, 1)]
     assert begun == [0, 1, 2]
 
 
 def test_folds_at_work_beside_a_failing_one_are_kept(folder, monkeypatch, capsys):
-    failed = threading.Event()
+    told, say = threading.Event(), workers._say
+    monkeypatch.setattr(workers, "_say", lambda line: (say(line), told.set()))
 
     def compute(job):
         if job.fold == 0:
-            failed.set()
             raise RunFailed("fold 0.0: diverged")
-        failed.wait()
-        time.sleep(0.05)
+        assert told.wait(60)
         return a_result(job.fold)
 
     monkeypatch.setattr(workers, "compute", compute)
     with ThreadPoolExecutor(2) as executor, pytest.raises(RunFailed, match=r"fold 0\.0: diverged"):
-        workers.run_folds(executor, [job(n) for n in range(6)], folder, 2)
+        workers.run_folds(executor, [job(n) for n in range(6)], folder, lambda: 2)
     assert folder.finished() == [(0, 1)]
-    assert "fold 0.0 failed; 1 fold at work is" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "fold 0.0 failed; 1 fold at work is" in said
+    assert "; 1 of 6" in said
+
+
+def test_workers_that_join_get_folds(folder, monkeypatch):
+    there, together = [1], threading.Barrier(3)
+
+    def compute(job):
+        if job.fold == 0:
+            there[0] = 3
+        else:
+            together.wait(60)  # three are at work
+        return a_result(job.fold)
+
+    monkeypatch.setattr(workers, "compute", compute)
+    with ThreadPoolExecutor(3) as executor:
+        workers.run_folds(executor, [job(n) for n in range(4)], folder, lambda: there[0])
+    assert folder.finished() == [(0, n) for n in range(4)]
+
+
+def return_or_stay(job):
+    """In a spawned process: fold 1 goes on after the other's result was lost, and leaves a mark when it is let."""
+    lost = Path(os.environ["NPSER_TEST_MARK"])
+    if job.fold == 1:
+        while not lost.exists():
+            time.sleep(0.01)
+        time.sleep(5)
+        lost.with_name("stayed").touch()
+    return a_result(job.fold)
+
+
+def test_workers_whose_results_nobody_would_take_are_ended(folder, tmp_path, monkeypatch):
+    def full(*_):
+        (tmp_path / "lost").touch()
+        raise RunFailed("no space left")
+
+    monkeypatch.setenv("NPSER_TEST_MARK", str(tmp_path / "lost"))
+    monkeypatch.setattr(workers, "compute", return_or_stay)
+    monkeypatch.setattr(RunFolder, "save_fold", full)
+    with pytest.raises(RunFailed, match="no space left"):
+        workers.run_locally([job(n) for n in range(2)], folder, 2)
+    assert not (tmp_path / "stayed").exists()
 
 
 def die_once(job):
