@@ -331,6 +331,8 @@ def _provenance(published: Published) -> list[str]:
     shared = [" and ".join(names) for names in TRAININGS.values() if len(names) > 1 and experiments & {*names}]
     if shared:
         parts.append(f"One training each, whose hours stand in every line of it: {'; '.join(shared)}.")
+    if "nested" in experiments:
+        parts.append("Hours of nested selection are those of the configuration that was chosen, without the choice's.")
     return parts
 
 
