@@ -23,7 +23,9 @@ def cache_folder(sources: Iterable[Path], more: str = "") -> Path:
         os.path.join(tempfile.gettempdir(), f"npser-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"),
     ]
     for root in filter(None, roots):
-        folder = Path(root) / f"kernels-{state}"
+        if root.startswith("~"):  # nobody's home
+            continue
+        folder = Path(root).absolute() / f"kernels-{state}"
         try:
             if root == roots[-1] and not _ours(Path(root)):
                 continue

@@ -16,7 +16,7 @@ import soundfile
 import kernels
 from bench import workloads
 from kernels import host, reference
-from kernels.cuda import allow_simulator, arrays, device, lstm, lstm_gradients, matmul
+from kernels.cuda import allow_simulator, arrays, conv, device, lstm, lstm_gradients, matmul
 from kernels.reference import DEAD
 from npser import inference
 from npser.errors import RunFailed, UserError
@@ -195,6 +195,26 @@ def test_conv3x3(B, T, F, C, O):
     agree("conv3x3_forward", x, w, b)
     agree("conv3x3_backward", dy, x, w)
     agree("conv3x3_backward", dy, x, w, need_dx=False)
+
+
+def test_more_images_than_a_launch_has_blocks_for(monkeypatch):
+    monkeypatch.setattr(conv, "MOST_BLOCKS", 3)
+    for B, O in ((5, 4), (4, 12)):  # of 12 output channels, an image takes two blocks
+        x, w = numbers(B, 4, 4, 2), numbers(3, 3, 2, O)
+        y, argmax = agree("conv_relu_pool_forward", x, w, numbers(O))
+        agree("conv_relu_pool_backward", numbers(*y.shape), arrays.asnumpy(argmax), x, w)
+        agree("conv3x3_backward", numbers(B, 4, 4, O), x, w)
+
+
+def test_what_is_empty():
+    """No steps, no outputs, no channels."""
+    _, c, gates = agree("lstm_forward", numbers(2, 0, 12), numbers(3, 12))
+    agree("lstm_backward", numbers(2, 0, 3), arrays.asnumpy(gates), arrays.asnumpy(c), numbers(3, 12))
+    agree("dense_backward_bias", numbers(3, 0))
+    dy = numbers(2, 4, 4, 3)
+    _, dw, db = cuda.conv3x3_backward(*map(on_device, (dy, numbers(2, 4, 4, 0), numbers(3, 3, 0, 3))), need_dx=False)
+    assert dw.shape == (3, 3, 0, 3)
+    np.testing.assert_allclose(arrays.asnumpy(db), dy.sum(axis=(0, 1, 2)), rtol=1e-5)
 
 
 def test_relu_and_pooling_alone():

@@ -178,6 +178,42 @@ def test_kernels_are_loaded_from_no_folder_that_others_can_write(tmp_path, monke
         cache_folder([])
 
 
+def test_without_a_home_kernels_are_kept_in_the_temporary_folder(tmp_path, monkeypatch):
+    """Not in a folder called ~ below the current one, whoever has made that."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # where nobody is found
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    assert cache_folder([]).is_relative_to(tmp_path / "temporary")
+    monkeypatch.setenv("NUMBA_CACHE_DIR", "here")
+    assert cache_folder([]).is_relative_to(tmp_path / "here")
+
+
+def test_kernels_of_another_processor_or_compiler_are_kept_apart():
+    """Numba numbers its files without asking for which processor another process has just written one."""
+    code = "from kernels.cpu.tools import CACHE_FOLDER; print(CACHE_FOLDER)"
+    folders = {
+        python(code, **environment).stdout
+        for environment in ({}, {"NUMBA_CPU_NAME": "haswell"}, {"NUMBA_BOUNDSCHECK": "1"}, {"NUMBA_OPT": "1"})
+    }
+    assert len(folders) == 4
+
+
+def test_a_full_disk_costs_the_next_process_a_compilation(tmp_path):
+    code = (
+        "import errno, numpy as np\n"
+        "from numba.core.caching import IndexDataCacheFile\n"
+        "def full(*_): raise OSError(errno.ENOSPC, 'No space left on device')\n"
+        "IndexDataCacheFile.save = full\n"
+        "from kernels import cpu\n"
+        "print(cpu.relu_forward(np.array([-1, 2], np.float32)))"
+    )
+    result = python(code, NUMBA_CACHE_DIR=str(tmp_path))
+    assert result.stdout == "[0. 2.]\n", result.stderr
+
+
 @pytest.fixture
 def signals_restored():
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -6,7 +6,8 @@ algorithms behind them, each with its floor and how close it comes; strips.py cu
 settings and its cache.
 
 Operands may have any strides (they are made contiguous); they must be float32, or a TypeError names the one that is
-not. What is changed in place (w and v of an update) must be C-contiguous.
+not (but for softmax and loss, which are the reference's own). What is changed in place (w and v of an update) must be
+C-contiguous.
 
 Where a module says how close it comes to its floor, it was measured on 2 cores of an Intel Xeon with AVX-512, with a
 peak of 350 GFLOP/s of multiply-adds, 32 GB/s read and 50 GB/s read and written.

@@ -260,7 +260,7 @@ def lstm_forward(z: Array, wh: Array) -> tuple[Array, Array, Array]:
     H = wh.shape[0]
     check_shapes(z=(z, (B, T, 4 * H)), wh=(wh, (H, 4 * H)))
     units = round_up(H, UNITS)
-    z = pad_gates(z, H, units)
+    z = pad_gates(z if z.flags.writeable else z.copy(), H, units)
     h, c = np.empty((B, T, units), np.float32), np.empty((B, T, units), np.float32)
     if by_steps(B, T, H, units):
         _forward_by_steps(z, wh, h, c)

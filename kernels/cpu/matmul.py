@@ -203,7 +203,8 @@ def copy_panels(k: Emitter, b: Ptr, b_row: Int, depth: Int, panels: Int, packed:
 
 @compiled
 def pack_columns(b: Array, k0: int, n0: int, K: int, N: int, packed: Array) -> None:
-    """packed[panel, i, x] = b[k0 + i, n0 + panel*COLUMNS + x] for i < K, columns below N; zeros behind them."""
+    """packed[panel, i, x] = b[k0 + i, n0 + panel*COLUMNS + x] for i < K, columns below N; zeros behind
+    them in the panel that N cuts; panels wholly behind N stay as they are."""
     columns = max(0, min(N - n0, packed.shape[0] * COLUMNS))
     whole, rest = columns // COLUMNS, columns % COLUMNS
     row = b.shape[1]

@@ -14,7 +14,10 @@ from kernels.reference import DEAD
 
 
 def store_pooled(k: Emitter, pixels: list[Vec], y: Ptr, argmax: Bytes) -> None:
-    """ReLU and the maximum of a cell's four pixels, a vector of channels each, for the fused convolutions."""
+    """ReLU and the maximum of a cell's four pixels, a vector of channels each, for the fused convolutions.
+
+    Of a cell with a NaN, which the reference names as its maximum, argmax may name another pixel.
+    """
     best, place = pixels[0], k.ints(0)
     for n in range(1, 4):
         larger = pixels[n] > best

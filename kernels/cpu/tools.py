@@ -3,6 +3,7 @@
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, TypeAlias
 import numba as nb
 import numpy as np
 from numba.core import config as numba_config
+from numba.core.registry import cpu_target
 from numpy.typing import NDArray
 
 from kernels import Unavailable
@@ -36,10 +38,18 @@ on it."""
 FASTMATH = {"reassoc", "contract", "arcp", "nsz"}
 
 
+def _compiler() -> str:
+    """What makes code of the kernels' sources. Processes that compile for different processors, or by different
+    versions, would write over each other's files in one folder."""
+    settings: Any = numba_config
+    processor = cpu_target.target_context.codegen().magic_tuple()
+    return str((nb.__version__, processor, settings.OPT, settings.BOUNDSCHECK))
+
+
 _HERE = Path(__file__).parent
 # Numba looks at the date of the file that holds a function, not at what it calls: the folder knows all of them, and the
 # reference, whose constants they share.
-CACHE_FOLDER = cache_folder([_HERE.parent / "reference.py", *sorted(_HERE.glob("*.py"))])
+CACHE_FOLDER = cache_folder([_HERE.parent / "reference.py", *sorted(_HERE.glob("*.py"))], _compiler())
 
 
 def cache_is_cold() -> bool:
@@ -85,6 +95,16 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
+def _if_there_is_room(save: Callable[..., None]) -> Callable[..., None]:
+    """Keep compiled code, or, on a disk that is full, leave it to the next process to compile it again."""
+
+    def save_or_not(*arguments: Any) -> None:
+        with suppress(OSError):
+            save(*arguments)
+
+    return save_or_not
+
+
 def compiled(function: Any = None, *, parallel: bool = False) -> Any:
     """`numba.njit` as this rung uses it: lazy, cached in CACHE_FOLDER, division unchecked so that loops vectorise.
 
@@ -95,7 +115,8 @@ def compiled(function: Any = None, *, parallel: bool = False) -> Any:
         settings: Any = numba_config  # where Numba looks when it decorates; put back for everybody else's functions
         before, settings.CACHE_DIR = settings.CACHE_DIR, str(CACHE_FOLDER)
         try:
-            made = nb.njit(f, cache=True, parallel=parallel, error_model="numpy", fastmath=FASTMATH)
+            made: Any = nb.njit(f, cache=True, parallel=parallel, error_model="numpy", fastmath=FASTMATH)
+            made._cache.save_overload = _if_there_is_room(made._cache.save_overload)
             return _guarded(made) if parallel else made
         finally:
             settings.CACHE_DIR = before

@@ -23,9 +23,9 @@ four pixels of a cell share it: it is bounded by the largest number in the 4x4 p
 
     |error| <= 1e-6 * max |d| * sum |g|
 
-and where a number is not finite, or a product overflows, none of the cell's pixels is, and may be NaN where the
-definition has an infinity. `NPSER_WINOGRAD=0` in the environment keeps to the
-direct kernels.
+and where a number is not finite, or a product overflows, what the definition has finite beside it in the cell may not
+be, and may be NaN where the definition has an infinity. `NPSER_WINOGRAD=0` in the environment keeps to the direct
+kernels.
 """
 
 import os

@@ -42,6 +42,8 @@ IMAGE, CELLS = "image", "cells"  # what is convolved: an image, or the gradient 
 # The convolution's tile: cells down and across, output channels of a thread and of a block.
 TILE_T, TILE_F, PER_THREAD, PER_BLOCK = (2, 2, 4, 8) if SIMULATED else (8, 8, 8, 32)
 
+MOST_BLOCKS = 65535  # of a launch, in its third dimension
+
 
 # --- the convolution ---------------------------------------------------------------------------------------------
 
@@ -187,6 +189,13 @@ def convolve(
     x: Array, x_argmax: Array, w: Array, b: Array, y: Array, y_argmax: Array, T: int, F: int, pooled: bool, source: str
 ) -> None:
     B, C, O = x.shape[0], x.shape[3], y.shape[3]
+    most = max(1, MOST_BLOCKS // max(1, -(-O // PER_BLOCK)))
+    if most < B:
+        for n in range(0, B, most):
+            some = (a[n : n + most] if a.ndim == 4 else a for a in (x, x_argmax, y, y_argmax))
+            some_x, some_places, some_y, some_argmax = some
+            convolve(some_x, some_places, w, b, some_y, some_argmax, T, F, pooled, source)
+        return
     run = CONVOLUTIONS[1 if C == 1 and (1, source, pooled) in CONVOLUTIONS else CHUNK, source, pooled]
     blocks = (-(-F // (2 * TILE_F)), -(-T // (2 * TILE_T)), B * -(-O // PER_BLOCK))
     run(blocks, x, x_argmax, w, b, y, y_argmax, T, F, C, O)

@@ -176,7 +176,7 @@ def _weight_gradient(dy: Array, argmax: Array, x: Array, O: int, pooled: bool) -
     tiles = B * -(-(T // step) // tile_t) * -(-(F // step) // tile_f)
     count = max(1, min(tiles, 2 * multiprocessors()))
     parts, both = empty((count, (9 * C + 1) * O)), empty(((9 * C + 1) * O,))
-    blocks = (count, -(-C // strip), -(-O // LANES))
+    blocks = (count, max(1, -(-C // strip)), -(-O // LANES))  # without channels, too, there is a db
     WEIGHT_GRADIENTS[single, pooled](blocks, dy, argmax, x, parts, B, T, F, C, O)
     add_parts(parts, count, both)
     return both[: 9 * C * O].reshape(3, 3, C, O), both[9 * C * O :]

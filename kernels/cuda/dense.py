@@ -76,7 +76,7 @@ def dense_backward_bias(dy: Array) -> Array:
     """See `kernels.reference.dense_backward_bias`."""
     N, J = dy.shape
     check(dy=(dy, (N, J), np.float32))
-    strips = -(-J // ACROSS)
+    strips = max(1, -(-J // ACROSS))
     count = max(1, min(4 * multiprocessors() // strips, N // (4 * DOWN)))
     part = -(-N // count)
     parts, db = empty((count, J)), empty((J,))

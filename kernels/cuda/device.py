@@ -12,13 +12,15 @@ A kernel is a Python function with the types of its arguments and its number of 
 It is compiled when it is first launched, and kept for the next process (launching.py); KERNELS lists all of them, so
 that the tests can compile every one for GPUs that are not there. Kernels see arrays without shape, are given sizes and
 compute their own places: fewer arguments to pack for each launch, and fewer registers. All launches and copies go into
-one stream, one after the other; nothing waits but `asnumpy` and `float`.
+one stream, one after the other; nothing waits but `asnumpy` and `float`, and what copies from the host (`asarray`, and
+`assign` of arrays.py).
 """
 
 import contextlib
 import importlib.util
 import math
 import re
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -135,13 +137,15 @@ class Settings:
 settings = Settings()
 
 _stream: Any = None
+_first_use = threading.RLock()  # several threads may be the first to need the stream, or a kernel
 
 
 def stream() -> Any:
     """The one stream that everything goes into."""
     global _stream
-    if _stream is None:
-        _stream = cuda.stream()
+    with _first_use:
+        if _stream is None:
+            _stream = cuda.stream()
     return _stream
 
 
@@ -244,8 +248,11 @@ _FLOAT32 = np.dtype(np.float32)
 def empty(shape: Sequence[int], dtype: Any = _FLOAT32) -> Array:
     """An array of this shape that holds anything. Raises `kernels.Unavailable` when the memory does not suffice."""
     size, dtype = math.prod(shape), np.dtype(dtype)
-    waiting = _pool.get((dtype.char, size))
-    return Array(waiting.pop() if waiting else _allocate(max(size, 1), dtype), tuple(shape))
+    try:
+        memory = _pool[dtype.char, size].pop()
+    except (KeyError, IndexError):
+        memory = _allocate(max(size, 1), dtype)
+    return Array(memory, tuple(shape))
 
 
 def _allocate(size: int, dtype: np.dtype[Any]) -> Memory:
@@ -330,9 +337,11 @@ class Kernel:
     def loaded(self) -> launching.Loaded:
         """The kernel on the device, for the driver to launch."""
         if self._loaded is None:
-            capability = _capability()
-            kept = launching.kept(self.name, capability, _versions(), lambda: self.ptx(capability))
-            self._loaded = launching.Loaded(*kept, self.kinds, self.name, cuda.current_context)
+            with _first_use:
+                if self._loaded is None:
+                    capability = _capability()
+                    kept = launching.kept(self.name, capability, _versions(), lambda: self.ptx(capability))
+                    self._loaded = launching.Loaded(*kept, self.kinds, self.name, cuda.current_context)
         return self._loaded
 
     @property
@@ -370,8 +379,9 @@ class Kernel:
         """
         if wanted > self._granted and DIRECT:
             wanted = min(wanted, _most_shared())
-            if wanted > self._granted and self.loaded.allow_shared(wanted):
-                self._granted = wanted
+            with _first_use:
+                if wanted > self._granted and self.loaded.allow_shared(wanted):
+                    self._granted = wanted
         return min(wanted, self._granted)
 
 
@@ -399,7 +409,9 @@ def _stream_handle() -> int:
 def _versions() -> str:
     """Of whatever turns a kernel into machine code."""
     found = {}
-    for name in ("numba", "numba-cuda", "llvmlite", "cuda-bindings", "nvidia-nvvm", "nvidia-nvjitlink"):
+    ours = ("numba", "numba-cuda", "llvmlite", "cuda-bindings")
+    cuda_13, cuda_12 = ("nvidia-nvvm", "nvidia-nvjitlink"), ("nvidia-cuda-nvcc-cu12", "nvidia-nvjitlink-cu12")
+    for name in (*ours, *cuda_13, *cuda_12):
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return str(found)

@@ -177,7 +177,7 @@ def lstm_forward(z: Array, wh: Array) -> tuple[Array, Array, Array]:
     if H <= SEQUENCE_UNITS:
         pitch, kept, size = sequence_memory(_lstm_sequence, H)
         _lstm_sequence(
-            B, z, wh, h, c, gates, T, H, pitch, kept, shared=size, threads=4 * H
+            B if T else 0, z, wh, h, c, gates, T, H, pitch, kept, shared=size, threads=4 * H
         )  # fmt: skip
         return h, c, gates
     parts, count = z, 0

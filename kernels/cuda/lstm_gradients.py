@@ -119,7 +119,7 @@ def lstm_backward(dh: Array, gates: Array, c: Array, wh: Array) -> Array:
     if H <= SEQUENCE_UNITS:
         pitch, kept, size = sequence_memory(_lstm_sequence_backward, H)
         _lstm_sequence_backward(
-            B, dh, gates, c, wh, dz, T, H, pitch, kept, shared=size, threads=4 * H
+            B if T else 0, dh, gates, c, wh, dz, T, H, pitch, kept, shared=size, threads=4 * H
         )  # fmt: skip
         return dz
     dcells = empty((B, H))

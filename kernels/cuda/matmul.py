@@ -308,8 +308,8 @@ def make_product(shape: Shape, layout: str, then: str, name: str, tensor: bool =
     epilogue there is one part; `extra` is the bias, or the velocities v of the weights `out`.
     """
     tile_m, tile_n, slice_k, threads = shape.tile_m, shape.tile_n, shape.slice_k, shape.threads
-    # Numbers behind each row of shared memory put what a warp stores, or a warp of `make_tensor_tile` reads (four rows
-    # of eight), into different banks.
+    # Numbers behind each row of shared memory halve the conflicts of what a warp stores; those of a tensor tile put
+    # what a warp reads of it (four rows of eight) into different banks.
     pad = 8 if tensor else 4
     pitch_a, pitch_b = tile_m + pad, tile_n + pad
     size_a, size_b, outputs = slice_k * pitch_a, slice_k * pitch_b, tile_m * tile_n // threads
