@@ -1,4 +1,4 @@
-"""Measurements: how fast the kernels are beside others (`python -m bench`), and how settings were chosen.
+"""Measurements: how fast the kernels are beside others (`python -m bench`), how settings were chosen, what came out.
 
     python -m bench [kernels|train|infer|growth|all] [--device cuda] [--quick] [--rows TEXT] [--without NAME]
                     [--json FILE] [--threads N]
@@ -48,7 +48,10 @@ On a GPU (`--device cuda`; not on Numba's simulator):
 Reading the code: workloads.py says what is computed, peers/ how each candidate computes it, race.py how candidates take
 turns, machine.py and gpu.py what the machine can do, suites.py which rows there are, tables.py what is printed. A new
 operation is a kind in workloads.py, a function of that name in the modules of peers/, and a row in suites.py.
-develop.py is of another kind: it tries settings on development data.
+
+The others are of another kind: develop.py tries settings on development data; leakage.py and nested.py are experiments
+with whole cross-validations, on the options of protocol.py; publish.py makes the README's tables of finished folds, and
+again.py computes one of them once more; gpu_check.py does on a GPU what can be done nowhere else.
 
 Nothing here is imported by npser or kernels.
 """

@@ -287,6 +287,8 @@ def command_of(config: Mapping[str, Any]) -> str:
         words += [f"--{name.replace('_', '-')}", str(value)] if name not in _WITHOUT_OPTION else []
     for change in config.get("changes", ()):
         words += ["--candidate", change]
+    if experiment is None:  # the usual folder is that of one recipe, whatever else is asked for
+        words += ["--out", f"runs/{name_of(config)}"]
     return shlex.join(words)
 
 
@@ -327,6 +329,8 @@ def _provenance(published: Published) -> list[str]:
             rows.append((name, *made, spans([(r.repeat, r.fold) for r in folds]), f"{hours:.1f}"))
     header = ("run", "command", "commit", "seed", "machine", "threads", "at once", "folds", "hours")
     parts = [_titled(Table("Where these figures come from", header, tuple(rows), left=8))] if rows else []
+    if rows:
+        parts.append("A command computes its whole protocol; `--repeats 1` ends it after the first repeat.")
     experiments = {config.get("experiment") for config, _ in published.values()}
     shared = [" and ".join(names) for names in TRAININGS.values() if len(names) > 1 and experiments & {*names}]
     if shared:

@@ -186,7 +186,7 @@ def _csv_corpus(file: Path, option: str) -> Corpus:
             if missing:
                 raise UserError(
                     f"{option} {file}: its first line has no column {' and no column '.join(missing)}: "
-                    "path,speaker,emotion[,text][,split] are wanted"
+                    "path,emotion[,speaker][,text][,split] are wanted"
                 )
             rows = [(n, dict(zip(columns, row, strict=False))) for n, row in _csv_rows(lines, delimiter)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:

@@ -26,8 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m npser.corpus",
         description="Show what a corpus is recognised as: how many recordings of each emotion and speaker, how long "
         f"they are, and which files are left out and why. Known by their file names: {known}. Any other folder: one "
-        "sub-folder for each emotion. A .csv file: columns path,speaker,emotion[,text][,split], paths relative to it, "
-        "split train or test.",
+        "sub-folder for each emotion. A .csv file: columns path,emotion[,speaker][,text][,split], paths relative to "
+        "it, split train or test.",
         epilog="What is shown is what npser.train --data PATH would use. Exit status: 0 ok, 2 no usable corpus, or a "
         "recording that --check refuses.",
     )

@@ -123,6 +123,7 @@ class Maker:
         return values
 
     def _orthogonal(self, n: int) -> Array:
+        """LAPACK's QR. The last digits depend on the processor: rounded to float32, those of one in millions do."""
         q, r = np.linalg.qr(self.rng.standard_normal((n, n)))
         return (q * np.sign(np.diag(r))).astype(self.dtype)
 

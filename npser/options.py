@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
         help="demo: the built-in generated corpus; emodb: the corpus at $NPSER_DATA/emodb, else fetched from its "
         "authors into the user's cache folder; PATH: a folder, searched for audio, the emotion told by the file names "
         "of a known corpus, else by the folder that a file lies in, or a .csv file with the columns "
-        "path,speaker,emotion[,split]; python -m npser.corpus PATH shows what it is taken for (default: demo)",
+        "path,emotion[,speaker][,text][,split]; python -m npser.corpus PATH shows what it is taken for (default: demo)",
     )
     what.add_argument(
         "--test-data",
@@ -75,8 +75,9 @@ def parser() -> argparse.ArgumentParser:
         "--recipe",
         default="paper",
         choices=NAMES,
-        help="what the paper leaves open: paper, only what its words support; best, the same networks with everything "
-        "that development trials showed to be worth having; README, Our choices (default: paper)",
+        help="what the paper leaves open: paper, what its words support (and for the lstm a limit on the gradient); "
+        "best, the same networks with what development trials showed to be worth having (the tdcnn's is the cnn's, not "
+        "tried); README, Our choices (default: paper)",
     )
     protocol.add_argument("--epochs", type=whole(1), metavar="N", help=_default("epochs"))
     protocol.add_argument(

@@ -1,7 +1,8 @@
 """Recipes: everything that the paper leaves silent and that training uses, chosen on development data, under a name.
 
-`paper` uses only what the paper's words support; `best` is what the same networks can do with everything that trials
-showed to be worth having. Every trial is a line of bench/results/development.csv.
+`paper` uses what the paper's words support, and for the lstm a limit on the length of the gradient; `best` is what the
+same networks can do with everything that trials showed to be worth having (the tdcnn's is the cnn's, not tried). Every
+trial is in bench/results/development.csv, a line for each epoch.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""The three networks in PyTorch's own layers, as the README describes them.
+"""The three networks in PyTorch's own layers, as `npser.models` defines them.
 
 PyTorch's images are (channels, time, frequency), its weights stand the other way round, and its LSTMs have a second
 bias, which is held at zero here. Its gates have our order: input, forget, cell, output.

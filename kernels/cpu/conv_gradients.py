@@ -6,7 +6,7 @@ work or less; with few, vectors lie across the output channels and the four plac
 
 Floors with L live maxima, C input channels: 2*9*L*C operations each for dw and dx. For dw the nine taps stay in
 registers and each meets a vector of x loaded from the strip; dx loads and stores one for each, at most one store a
-clock, and takes twice that. Forward and backward together come to 46 % (1->32, 128x128, without dx) and 116 % of the
+clock, and takes twice that. Forward and backward together come to 49 % (1->32, 128x128, without dx) and 116 % of the
 peak (32->32, 64x64) at batch 32, counted densely.
 """
 

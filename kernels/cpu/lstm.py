@@ -6,7 +6,7 @@ Floor for z (B, T, 4H): 2*B*T*H*4H operations. Sequences are independent, so eac
 all time steps, and no step waits for another thread. The recurrent weights are packed in the order of their use: a
 slice of them serves all sequences of the thread before the next one is touched, so that it is read from the second-
 level cache (all 4H*H weights fit there at H = 128) or once per step from beyond (H = 1024). The lstm network's training
-step at batch 32, a third of which is spent here, comes to 52 % of the peak.
+step at batch 32, a third of which is spent here, comes to 53 % of the peak.
 
 Packing pays over many steps of many sequences. Few of either leave wide layers (tdcnn: 4 steps, 16 MB of weights) to a
 product for each step, with the same sums in the same order. At inference, where nothing is kept for backward, input

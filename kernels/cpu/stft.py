@@ -1,6 +1,6 @@
 """Short-time Fourier magnitudes on the CPU: the transform itself is SciPy's, in float32 and over all frames at once.
 
-A corpus is transformed once per run, so this is not a hot spot.
+Networks read what it gives many times, so this is not a hot spot.
 """
 
 import numpy as np

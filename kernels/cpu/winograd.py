@@ -16,7 +16,7 @@ For each of the 16 places of a patch, the sum over the channels is a matrix prod
 
 Floor: 2*16*C*O operations for a cell, against 2*36*C*O. The transforms add 32 and 24 additions for each channel, which
 have no multiplications to hide behind; with 32 channels they are a third of the time. It comes to 126 % of the peak at
-batch 32 and 116 % at 128 (32->32, 64x64, pooled), counted as the definition's operations.
+batch 32 and 117 % at 128 (32->32, 64x64, pooled), counted as the definition's operations.
 
 Accuracy: sums are shorter, so that with numbers of like size the error is smaller than the direct kernel's. But the
 four pixels of a cell share it: it is bounded by the largest number in the 4x4 patch, not in the pixel's own 3x3 window,

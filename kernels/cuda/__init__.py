@@ -7,7 +7,7 @@ pool.py, dense.py, lstm.py, lstm_gradients.py, elementwise.py and sgd.py; matmul
 
 Operands are arrays on the device (`arrays.asarray`); a TypeError or ValueError names one that is not, or does not fit.
 No operation waits for the device, and none adds up in an order that depends on timing: the same call gives the same
-bits. The short-time Fourier transform is not here: frames are made once per recording, by the cpu.
+bits. The short-time Fourier transform is not here: what it gives is made once, by the cpu.
 
 What the compiler makes of the larger kernels for compute capability 9.0 (H100, H200; numba-cuda 0.30, nvJitLink 13.5):
 registers of a thread, and bytes of shared memory of a block that are fixed (the LSTM's sequence kernels take more at
