@@ -90,7 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"fold {fold} of {packed.path}; to go on after an interruption:")
     given = [f"--{word}={value}" for word, value in (("data", options.data), ("out", options.out)) if value]
     print(f"    python -m bench.again {shlex.join([str(packed.path), '--fold', fold, *given])}\n")
-    RunFolder.open_or_create(out, packed.config, MAY_CHANGE, (published.repeat, published.fold))  # not kept: unlocked
+    one = published.repeat, published.fold
+    RunFolder.open_or_create(out, packed.config, (*MAY_CHANGE, "repeats"), one)  # not kept: unlocked
     words = shlex.split(command_of(packed.config))[3:]
     words += ["--data", options.data] if options.data else []
     train.main([*words, "--only", fold, "--out", str(out)])

@@ -118,7 +118,8 @@ def run_folds(
     failure: BaseException | None = None
     try:
         while running or (waiting and failure is None):
-            while waiting and failure is None and len(running) < at_once():
+            # While none is at work, nobody is asked: it takes a fold to notice that a cluster is gone.
+            while waiting and failure is None and (not running or len(running) < at_once()):
                 job = waiting.pop(0)
                 running[executor.submit(compute, job)] = job
             done, _ = wait(running, LOOK_EVERY if meanwhile else None, return_when=FIRST_COMPLETED)
@@ -255,6 +256,7 @@ def run_on_dask(jobs: Iterable[Job], folder: "RunFolder", address: str) -> None:
     """
     try:
         from distributed import Client, KilledWorker, Security
+        from distributed.client import ClosedClientError
         from distributed.comm import connect
     except ImportError as error:
         raise UserError("--dask: needs dask.distributed: pip install 'npser[dask]'") from error
@@ -304,7 +306,7 @@ def run_on_dask(jobs: Iterable[Job], folder: "RunFolder", address: str) -> None:
             run_folds(client.get_executor(pure=False), jobs, folder, workers, meanwhile=look)
         except KilledWorker as error:
             raise RunFailed("--dask: a fold lost its worker several times; the finished folds are kept") from error
-        except CancelledError as error:
+        except (CancelledError, ClosedClientError) as error:
             raise RunFailed(
                 f"--dask {address}: the scheduler is gone; the finished folds are kept, the same command goes on"
             ) from error

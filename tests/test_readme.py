@@ -86,7 +86,7 @@ def test_the_trials_figures_are_those_that_ship():
     for line in read_trials(TABLE):
         if line["fold"] in ("0.1", "0.2") and line["held_out"] == "0.33":
             made = scores.setdefault((line["arch"], line["settings"]), {}).setdefault((line["fold"], line["seed"]), [])
-            made.append((float(line["f1"]), float(line["f1_mean"] or "nan")))
+            made.append(tuple(float(line[name] or "nan") for name in ("f1", "f1_mean")))
     known = set()
     for (arch, _), trials in scores.items():
         for last in (False, True):  # the mean of the last three epochs, or the averaged weights after the last

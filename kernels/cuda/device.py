@@ -348,7 +348,9 @@ class Kernel:
     def compiled(self) -> Any:
         """The kernel for Numba to launch."""
         if self._compiled is None:
-            self._compiled = cuda.jit(self.signature, **self.options)(self.function)
+            with _first_use:
+                if self._compiled is None:
+                    self._compiled = cuda.jit(self.signature, **self.options)(self.function)
         return self._compiled
 
     def __call__(self, blocks: int | tuple[int, int, int], *arguments: Any, shared: int = 0, threads: int = 0) -> None:

@@ -1,6 +1,7 @@
 """Dropout, ReLU and the softmax cross-entropy on the GPU.
 
-The floor of the first two is memory, 8 bytes per element. The loss is a handful of classes: one small block.
+The floor of the first two is memory, 8 bytes per element, 12 for ReLU's gradient. The loss is a handful of classes: one
+small block.
 """
 
 import math
