@@ -39,8 +39,11 @@ FASTMATH = {"reassoc", "contract", "arcp", "nsz"}
 
 
 def _compiler() -> str:
-    """What makes code of the kernels' sources. Processes that compile for different processors, or by different
-    versions, would write over each other's files in one folder."""
+    """What makes code of the kernels' sources.
+
+    Processes that compile for different processors, or by different versions, would write over each other's files in
+    one folder.
+    """
     settings: Any = numba_config
     processor = cpu_target.target_context.codegen().magic_tuple()
     return str((nb.__version__, processor, settings.OPT, settings.BOUNDSCHECK))

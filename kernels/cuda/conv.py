@@ -188,13 +188,13 @@ CONVOLUTIONS = {
 def convolve(
     x: Array, x_argmax: Array, w: Array, b: Array, y: Array, y_argmax: Array, T: int, F: int, pooled: bool, source: str
 ) -> None:
+    """Fill y (and y_argmax) for images of T x F pixels; operands as in `make_convolution`, one number where unused."""
     B, C, O = x.shape[0], x.shape[3], y.shape[3]
-    most = max(1, MOST_BLOCKS // max(1, -(-O // PER_BLOCK)))
+    most = max(1, MOST_BLOCKS // max(1, -(-O // PER_BLOCK)))  # images
     if most < B:
         for n in range(0, B, most):
-            some = (a[n : n + most] if a.ndim == 4 else a for a in (x, x_argmax, y, y_argmax))
-            some_x, some_places, some_y, some_argmax = some
-            convolve(some_x, some_places, w, b, some_y, some_argmax, T, F, pooled, source)
+            xs, places, ys, argmax = (a[n : n + most] if a.ndim == 4 else a for a in (x, x_argmax, y, y_argmax))
+            convolve(xs, places, w, b, ys, argmax, T, F, pooled, source)
         return
     run = CONVOLUTIONS[1 if C == 1 and (1, source, pooled) in CONVOLUTIONS else CHUNK, source, pooled]
     blocks = (-(-F // (2 * TILE_F)), -(-T // (2 * TILE_T)), B * -(-O // PER_BLOCK))
