@@ -114,7 +114,8 @@ def run_folds(
     every LOOK_EVERY seconds in which no fold is done.
     """
     waiting = list(jobs)
-    total, running, failed = total or len(waiting), dict[Future[Any], Job](), 0
+    total, running = total or len(waiting), dict[Future[Any], Job]()
+    kept = total - len(waiting)
     failure: BaseException | None = None
     try:
         while running or (waiting and failure is None):
@@ -132,14 +133,13 @@ def run_folds(
                         others = f"{count(len(running), 'folds')} at work {'is' if len(running) == 1 else 'are'}"
                         _say(f"fold {job.name} failed; {others} finished first")
                     failure = failure or error
-                    failed += 1
                     continue
                 result = future.result()
                 folder.save_fold(result)
-                left = len(waiting) + len(running) + failed
+                kept += 1
                 last = f", training loss {result.epochs[-1].loss:.4f}" if result.epochs else ""
                 took = f" in {result.run['seconds']:.0f} s" if "seconds" in result.run else ""
-                _say(f"fold {job.name} done{took}{last}; {total - left} of {total}")
+                _say(f"fold {job.name} done{took}{last}; {kept} of {total}")
     finally:
         for future in running:
             future.cancel()
