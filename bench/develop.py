@@ -17,6 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bench.variants import VARIANTS, Variant
+from bench.variants import versions as versions_of
 from npser.cli import Parser, computing, run, set_threads, versions, whole
 from npser.document import Table, text_table
 from npser.errors import RunFailed, UserError
@@ -62,6 +64,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--data", help="demo, emodb or a folder, as for npser.train; must be said, but for --summary")
     p.add_argument("--recipe", choices=NAMES, default="paper", help="the recipe to start from (default: paper)")
     p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field of the recipe")
+    p.add_argument(
+        "--variant",
+        action="append",
+        default=[],
+        choices=[*VARIANTS],
+        metavar="NAME",
+        help=f"change what is no field: {'; '.join(f'{name}, {v.what}' for name, v in VARIANTS.items())}",
+    )
     p.add_argument("--folds", type=whole(2), default=10, help="folds of the cross-validation (default: 10)")
     p.add_argument(
         "--fold", type=numbers, default=[0], help="whose training utterances are used, 0,3 or 0-4 (default: 0)"
@@ -108,12 +118,16 @@ def _trials(options: argparse.Namespace, recipe: Recipe, threads: int) -> None:
     from npser.crossval import Settings, make_folds, prepare, training_steps
     from npser.features import WindowSet
     from npser.folds import development_split
-    from npser.frontend import read_versions
     from npser.models import input_frames
     from npser.progress import Progress
 
     corpus = open_corpus(options.data)
-    settings = describe(recipe)
+    variants = [VARIANTS[name] for name in options.variant]
+    if any(variant.recording for variant in variants) and not recipe.augmented:
+        raise UserError(
+            "--variant: one of them adds recordings, which only a recipe with speeds or moving windows hears"
+        )
+    settings = " ".join([describe(recipe), *(f"variant={name}" for name in options.variant)])
     had = {tuple(line[name] for name in KEY) for line in read(options.table)}
     waiting = [
         (fold, seed)
@@ -124,7 +138,9 @@ def _trials(options: argparse.Namespace, recipe: Recipe, threads: int) -> None:
     ]
     if not waiting:
         return
-    spoken = read_versions(corpus, options.backend, threads, recipe.speeds)
+    spoken = versions_of(corpus, options.backend, threads, recipe.speeds, variants)
+    heard = [spoken[0], *(versions_of(corpus, options.backend, threads, (s,), variants)[1] for s in _speeds(variants))]
+    hop = next((v.hop for v in variants if v.hop), recipe.segment_hop)
     commit = versions()["commit"]
     folds = make_folds(corpus, "stratified", options.folds, 1, 0)
     parts = {}
@@ -141,7 +157,11 @@ def _trials(options: argparse.Namespace, recipe: Recipe, threads: int) -> None:
         progress.begin_fold(f"fold 0.{fold}", steps[fold])
         model, task = prepare(spoken, corpus.targets, train, len(corpus.labels), frozen[seed], (seed, 0, fold))
         assert model.scale is not None
-        held_out = WindowSet([spoken[0][i] for i in development], model.scale, length, recipe.segment_hop)
+        for variant in variants:
+            if variant.network:
+                variant.network(model)
+        scale = model.scale
+        held_out = [WindowSet([frames[i] for i in development], scale, length, hop) for frames in heard]
         lines: list[Line] = []
         try:
             for line in _epochs(model, task, held_out, corpus.targets[development], progress):
@@ -161,22 +181,36 @@ def _trials(options: argparse.Namespace, recipe: Recipe, threads: int) -> None:
         append(options.table, [about | line for line in lines])
 
 
-def _epochs(model: Any, task: Any, held_out: Any, targets: Any, progress: Any) -> Iterable[Line]:
+def _speeds(variants: Sequence[Variant]) -> list[float]:
+    return [speed for variant in variants for speed in variant.speeds]
+
+
+def _heard(model: Any, held_out: Sequence[Any]) -> Any:
+    """What a network says of the development utterances: its votes, averaged over all that they are heard at."""
+    import numpy as np
+
+    from npser.trainer import Votes, evaluate
+
+    votes = [evaluate(model, windows) for windows in held_out]
+    return Votes(np.mean([v.probabilities for v in votes], axis=0), votes[0].majority)
+
+
+def _epochs(model: Any, task: Any, held_out: Sequence[Any], targets: Any, progress: Any) -> Iterable[Line]:
     """Train, and score the development utterances after every epoch."""
     import numpy as np
 
     from npser.metrics import average_f1, confusion_matrix, unweighted_average_recall
-    from npser.trainer import evaluate, train_epochs
+    from npser.trainer import train_epochs
 
     last: list[dict[str, Any]] = []
     said: list[Any] = []
     for result in train_epochs(model, task.optimiser(), task, progress):
         now = {name: value.copy() for name, value in model.params.items()}
         last = [*last[1 - AVERAGED :], now]
-        votes = evaluate(model, held_out)
+        votes = _heard(model, held_out)
         said = [*said[1 - AVERAGED :], votes.probabilities]
         model.set_params({name: np.mean([params[name] for params in last], axis=0) for name in now})
-        averaged = evaluate(model, held_out)
+        averaged = _heard(model, held_out)
         model.set_params(now)
         matrices = [
             confusion_matrix(targets, predicted, model.settings["classes"])

@@ -27,10 +27,15 @@ def transforming(backend: str) -> str:
     return "cpu" if backend == "cuda" else backend
 
 
+def magnitude(k: ModuleType, samples: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Mono samples (N,) at 16 kHz -> magnitudes (frames, 128); k is the rung of `kernels` that computes."""
+    spectra: NDArray[np.float32] = k.stft_magnitude_forward(samples, FRAME, HOP)[0]
+    return spectra[:, :BINS]
+
+
 def log_magnitude(k: ModuleType, samples: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Mono samples (N,) at 16 kHz -> log magnitudes (frames, 128); k is the rung of `kernels` that computes."""
-    magnitude, _ = k.stft_magnitude_forward(samples, FRAME, HOP)
-    return np.log(np.maximum(magnitude[:, :BINS], np.float32(FLOOR)))
+    """The natural logarithm of the magnitudes, of FLOOR where they are smaller; arguments as of `magnitude`."""
+    return np.log(np.maximum(magnitude(k, samples), np.float32(FLOOR)))
 
 
 def _sum_of_rows(parts: Iterable[NDArray[np.float64]]) -> NDArray[np.float64]:

@@ -54,13 +54,13 @@ def read_frames(corpus: Corpus, backend: str, threads: int = 1, speed: float = 1
         return frames
     k = kernels.rung(backend)
     with ThreadPoolExecutor(threads) as pool:
-        work = pool.map(lambda u: features.log_magnitude(k, _at_speed(corpus.read(u), speed)), corpus.utterances)
+        work = pool.map(lambda u: features.log_magnitude(k, at_speed(corpus.read(u), speed)), corpus.utterances)
         frames = list(_shown(work, len(corpus.utterances)))
     _keep(cache, frames)
     return frames
 
 
-def _at_speed(samples: NDArray[np.float32], speed: float) -> NDArray[np.float32]:
+def at_speed(samples: NDArray[np.float32], speed: float) -> NDArray[np.float32]:
     """The samples, fewer of them when they are played faster, at the same sample rate."""
     if speed == 1:
         return samples
