@@ -153,7 +153,7 @@ def shipped(runs: Path = RUNS) -> Published:
 def results_text(published: Published) -> str:
     """Everything between the markers."""
     parts = ["No run has been published yet."] if not published else []
-    for section in (_protocol, _speakers, _order, _leakage, _nested, _provenance):
+    for section in (_protocol, _averaged, _speakers, _order, _leakage, _nested, _provenance):
         parts += section(published)
     return "\n\n".join(parts)
 
@@ -212,6 +212,33 @@ def _protocol(published: Published) -> list[str]:
 def _pictures(name: str) -> str:
     captions = {"confusion": "confusion matrix", "curves": "learning curves"}
     return "\n".join(f"![{captions[kind]} of {name}](bench/results/pictures/{name}-{kind}.png)" for kind in DRAWN)
+
+
+def _averaged(published: Published) -> list[str]:
+    """What the networks of all whole repeats say together, beside one network alone."""
+    from npser.analysis import averaged, speaker_matrices, uar_interval, whole_repeats
+
+    rows = []
+    for config, results in (_ordinary(published, "stratified") | _ordinary(published, "speaker")).values():
+        if (together := averaged(results, config["folds"])) is None:
+            continue
+        decided, networks = together
+        whole = whole_repeats(results, config["folds"])
+        alone, s = summary_of(config, [r for r in results if r.repeat in whole]), summary_of(config, decided)
+        interval = uar_interval(speaker_matrices(decided, config["vote"]))
+        between = f"{percent(interval.low)} to {percent(interval.high)}" if interval else "-"
+        figures = (alone.average_f1.mean, s.average_f1.mean, alone.uar.pooled, s.uar.pooled)
+        what = _what(config) + (", leave one speaker out" if config["cv"] == "speaker" else "")
+        rows.append((what, str(networks), *map(percent, figures), between, percent(s.accuracy.pooled)))
+    header = ("network", "networks", "average F1 alone", "together", "pooled UAR alone", "together", "95 % interval")
+    if not rows:
+        return []
+    title = "Repeats averaged: one decision an utterance, by the mean probabilities of its networks, in per cent"
+    return [
+        _titled(Table(title, (*header, "accuracy"), tuple(rows))),
+        "An utterance has one network in each whole repeat (alone: the mean of these repeats). None of them was "
+        "trained on it; together they have heard all other utterances.",
+    ]
 
 
 def _speakers(published: Published) -> list[str]:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npser.errors import UserError
-from npser.foldresult import FoldResult
+from npser.foldresult import FoldResult, UtteranceResult, fold_result
 from npser.metrics import average_f1
 
 RESAMPLES = 10_000
@@ -135,6 +135,49 @@ def learning_curves(results: Sequence[FoldResult]) -> list[tuple[int, Floats, Fl
         for epoch in result.epochs:
             epochs.setdefault(epoch.epoch, []).append((epoch.loss, epoch.accuracy))
     return [(n, *np.array(values, dtype=np.float64).T) for n, values in sorted(epochs.items())]
+
+
+def whole_repeats(results: Sequence[FoldResult], folds: int | None = None) -> list[int]:
+    """The repeats that are done. folds: of a whole repeat (default: the most that any has)."""
+    sizes = Counter(result.repeat for result in results)
+    return sorted(repeat for repeat, n in sizes.items() if n >= (folds or max(sizes.values())))
+
+
+def averaged(results: Sequence[FoldResult], folds: int | None = None) -> tuple[list[FoldResult], int] | None:
+    """All whole repeats as one: its folds are those of the first, and how many networks decide on an utterance.
+
+    An utterance has one network in each repeat that had it in its test fold, so none of them was trained on it. By sum,
+    the mean of their probabilities decides; by majority, most of their own decisions do, of equals the one with the
+    larger mean. folds: see `whole_repeats`, of which there must be two: None otherwise.
+    """
+    whole = whole_repeats(results, folds)
+    made: dict[tuple[str, str], list[UtteranceResult]] = {}
+    for result in results:
+        for u in result.utterances if result.repeat in whole else ():
+            made.setdefault((u.file, u.truth), []).append(u)
+    if len(whole) < 2 or any(len(of) != len(whole) for of in made.values()):
+        return None
+    together = []
+    for result in (r for r in results if r.repeat == whole[0]):
+        labels, of = result.labels, [made[u.file, u.truth] for u in result.utterances]
+        p = np.array([np.mean([u.probabilities for u in networks], axis=0) for networks in of])
+        ballots = np.array([[sum(u.majority == label for u in networks) for label in labels] for networks in of])
+        together.append(
+            fold_result(
+                repeat=result.repeat,
+                fold=result.fold,
+                labels=labels,
+                vote=result.vote,
+                epochs=(),
+                files=[u.file for u in result.utterances],
+                speakers=[u.speaker for u in result.utterances],
+                truth=[labels.index(u.truth) for u in result.utterances],
+                probabilities=p,
+                majority=(ballots + p / 2).argmax(axis=1),  # p decides between equal counts
+                run={},
+            )
+        )
+    return together, len(whole)
 
 
 # --- two runs ----------------------------------------------------------------------------------------------------

@@ -11,7 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from npser.analysis import RESAMPLES, Hard, learning_curves, speaker_matrices, uar_interval, utterance_record
+from npser.analysis import (
+    RESAMPLES,
+    Hard,
+    averaged,
+    learning_curves,
+    speaker_matrices,
+    uar_interval,
+    utterance_record,
+)
 from npser.cli import count
 from npser.document import Block, Document, Table
 from npser.foldresult import FoldResult
@@ -76,7 +84,7 @@ def _report(
             "+- means is not said."
         )
     blocks += [class_table(chosen), _means_explained(chosen), _figure_table(by_vote)]
-    blocks += _interval(results, config["vote"])
+    blocks += [*_interval(results, config["vote"]), *_averaged(config, results)]
     blocks += [_matrix_table(chosen, percent=True), _matrix_table(chosen, percent=False)]
     blocks += _hardest(utterance_record(results, config["vote"]), heard)
     blocks += [*_curves(results), _fold_table(results, config["vote"]), _computing(results)]
@@ -208,6 +216,22 @@ def _interval(results: Sequence[FoldResult], vote: str) -> list[Block]:
         for speaker, matrix in matrices.items()
     ]
     return [text, Table("Each speaker, in per cent", ("speaker", "decisions", "UAR", "accuracy"), tuple(rows))]
+
+
+def _averaged(config: Mapping[str, Any], results: Sequence[FoldResult]) -> list[Block]:
+    """What the networks of all repeats say together."""
+    if (together := averaged(results, config.get("folds"))) is None:
+        return []
+    decided, networks = together
+    summary = summary_of(config, decided)
+    interval = uar_interval(speaker_matrices(decided, config["vote"]))
+    between = f" ({percent(interval.low)} to {percent(interval.high)})" if interval else ""
+    by = "the mean probabilities" if config["vote"] == "sum" else "the majority"
+    return [
+        f"Repeats averaged: each utterance decided by {by} of the {networks} networks that were not trained on it, one "
+        f"of each whole repeat: average F1 {percent(summary.average_f1.mean)}, pooled UAR {percent(summary.uar.pooled)}"
+        f"{between}, accuracy {percent(summary.accuracy.pooled)}."
+    ]
 
 
 def _hardest(record: Sequence[Hard], heard: Mapping[str, float]) -> list[Block]:

@@ -9,6 +9,7 @@ import pytest
 from scipy.stats import binomtest, t
 
 from npser.analysis import (
+    averaged,
     learning_curves,
     listeners,
     paired,
@@ -82,6 +83,44 @@ def test_interval_is_the_bootstrap_over_speakers():
 def test_speakers_who_differ_widen_the_interval():
     alike, unlike = (uar_interval(speaker_matrices([random_fold(r, 3)], "sum")) for r in (EVEN, UNEVEN))
     assert unlike.high - unlike.low > 1.3 * (alike.high - alike.low)
+
+
+# file -> (speaker, truth, majority's decision, probability of joy): two repeats of two folds, and one that is not whole
+REPEATS = [
+    [{"a": ("s", 1, 1, 0.9), "b": ("s", 0, 0, 0.4)}, {"c": ("t", 1, 0, 0.3), "d": ("t", 0, 1, 0.6)}],
+    [{"d": ("t", 0, 0, 0.3), "b": ("s", 0, 1, 0.8)}, {"a": ("s", 1, 0, 0.2), "c": ("t", 1, 0, 0.6)}],
+    [{"a": ("s", 1, 0, 0.0), "c": ("t", 1, 1, 1.0)}],
+]
+
+
+def test_repeats_are_averaged_over_the_networks_of_an_utterance():
+    results = [fold(part, r, n) for r, parts in enumerate(REPEATS) for n, part in enumerate(parts)]
+    together, networks = averaged(results, 2)
+    assert networks == 2
+    assert [(r.repeat, r.fold, [u.file for u in r.utterances]) for r in together] == [
+        (0, 0, ["a", "b"]), (0, 1, ["c", "d"])
+    ]  # fmt: skip
+    said = {u.file: u for r in together for u in r.utterances}
+    for file, joy in {"a": 0.55, "b": 0.6, "c": 0.45, "d": 0.45}.items():
+        np.testing.assert_allclose(said[file].probabilities, (1 - joy, joy))
+    assert {file: u.prediction for file, u in said.items()} == {"a": "joy", "b": "joy", "c": "calm", "d": "calm"}
+    # one ballot each: the larger mean decides
+    assert {file: u.majority for file, u in said.items()} == {"a": "joy", "b": "joy", "c": "calm", "d": "calm"}
+
+
+def test_a_majority_of_networks_outvotes_the_probabilities():
+    votes = [(0, 0.45), (0, 0.45), (1, 0.99)]
+    results = [fold({"a": ("s", 0, majority, joy)}, r) for r, (majority, joy) in enumerate(votes)]
+    [[together], networks] = averaged(results)
+    assert (networks, together.utterances[0].prediction, together.utterances[0].majority) == (3, "joy", "calm")
+
+
+def test_nothing_is_averaged_without_two_whole_repeats():
+    first, second, third = ([fold(part, r, n) for n, part in enumerate(parts)] for r, parts in enumerate(REPEATS))
+    assert averaged([*first, *third], 2) is None
+    assert averaged([*first, *second[:1]], 2) is None
+    elsewhere = [fold({"e": ("s", 0, 0, 0.1)}, 1, 0), second[1]]
+    assert averaged([*first, *elsewhere], 2) is None  # other utterances: no repeat of the same experiment
 
 
 def test_no_interval_without_speakers():

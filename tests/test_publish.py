@@ -193,6 +193,16 @@ def test_the_tables_hold_every_run():
     assert text.endswith("best-epoch and windows-scored and few-windows-voted; windows-split and windows-split-voted.")
 
 
+def test_whole_repeats_are_averaged_in_a_table_of_their_own():
+    folds = [some_fold(r, f) for r in (0, 1, 2) for f in (0, 1)]
+    text = publish.results_text({"cnn-emodb-s0": (config(folds=2), folds[:5]), "lstm": (config(), folds[:4])})
+    assert text.count("#### Repeats averaged") == 1
+    [line] = re.findall(r"^\| cnn, paper recipe \| 2 \| (.*) \|$", text, re.MULTILINE)
+    p = [[u.probabilities for r in folds[2 * k : 2 * k + 2] for u in r.utterances] for k in (0, 1)]
+    right = np.mean(p, axis=0).argmax(1) == np.tile(np.arange(20) % 2, 2)
+    assert line.endswith(f"{100 * right.mean():.2f}")
+
+
 def test_folds_that_were_computed_elsewhere_have_a_line_of_their_own():
     folds = [some_fold(0, f) for f in range(5)]
     elsewhere = {**folds[0].run, "machine": "another, machine", "threads": 1, "workers": 2}

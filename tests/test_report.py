@@ -101,6 +101,15 @@ def test_every_fold_is_shown():
     assert "Training took 20 s in all; backend: cpu 2 folds, cuda 2 folds." in text
 
 
+def test_repeats_are_averaged():
+    decided = ([0, 0, 1, 1], [0, 1, 1, 1])  # the second is wrong once, with as much confidence: the first class wins
+    text = render_text(CONFIG | {"folds": 1}, [make_fold(r, 0, predicted) for r, predicted in enumerate(decided)])
+    joined = " ".join(text.split())
+    assert "the mean probabilities of the 2 networks that were not trained on it" in joined
+    assert "whole repeat: average F1 100.00, pooled UAR 100.00, accuracy 100.00." in joined
+    assert "Repeats averaged" not in render_text(CONFIG, four_folds()[:2])
+
+
 def test_no_spread_is_invented():
     one_fold = render_text(CONFIG, four_folds()[1:2])
     assert "average F1 73.33 (no spread can be given: only 1 fold); pooled 73.33" in one_fold
