@@ -67,7 +67,14 @@ def test_a_trial_that_the_table_has_is_not_computed_again(tones, table, monkeypa
         run(tones, table, "--seeds", "2")
 
 
-@pytest.mark.parametrize("augmented", [(), ("--set", "moving=True", "--set", "speeds=0.9,1.1")])
+@pytest.mark.parametrize(
+    "augmented",
+    [
+        (),
+        ("--set", "moving=True", "--set", "speeds=0.9,1.1"),
+        ("--set", "moving=True", "--variant", "noise", "--variant", "speeds-scoring", "--variant", "utterance"),
+    ],
+)
 def test_test_utterances_are_never_read(tones, table, monkeypatch, augmented):
     """Blanked out in what a trial is given, they change nothing."""
     run(tones, table, *augmented)
@@ -97,6 +104,7 @@ def test_test_utterances_are_never_read(tones, table, monkeypatch, augmented):
     [
         *(("--set", "epochs"), ("--set", "epoch=3"), ("--set", "epochs=x"), ("--fold", "0,2"), ("--fold", "5-2")),
         *(("--share", "1"), ("--share", "a"), ("--table", "absent/trials.csv")),
+        *(("--variant", "louder"), ("--variant", "noise")),  # noise is for recipes with augmentation
     ],
 )
 def test_a_wrong_option_is_refused(tones, table, wrong, capsys):
@@ -111,6 +119,15 @@ def test_what_is_no_table_is_refused(table, content):
     table.write_bytes(content)
     with pytest.raises(UserError, match=r"trials\.csv: cannot be read as a table of trials"):
         develop.main(["--arch", "lstm", "--summary", "--table", str(table)])
+
+
+def test_a_variant_is_another_trial(tones, table, capsys):
+    run(tones, table)
+    run(tones, table, "--variant", "dense-scoring", "--variant", "he")
+    usual, changed = develop.read(table)[1::2]
+    assert changed["settings"] == f"{usual['settings']} variant=dense-scoring variant=he"
+    assert changed["training_loss"] == usual["training_loss"]  # an lstm has no layer before a ReLU
+    assert "variant=he" in capsys.readouterr().out
 
 
 def test_a_trial_that_diverges_is_in_the_table(tones, table, monkeypatch, capsys):
