@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench.variants import VARIANTS, Variant
+from bench.variants import VARIANTS
 from bench.variants import versions as versions_of
 from npser.cli import Parser, computing, run, set_threads, versions, whole
 from npser.document import Table, text_table
@@ -139,7 +139,8 @@ def _trials(options: argparse.Namespace, recipe: Recipe, threads: int) -> None:
     if not waiting:
         return
     spoken = versions_of(corpus, options.backend, threads, recipe.speeds, variants)
-    heard = [spoken[0], *(versions_of(corpus, options.backend, threads, (s,), variants)[1] for s in _speeds(variants))]
+    scored_at = [speed for variant in variants for speed in variant.speeds]
+    heard = versions_of(corpus, options.backend, threads, scored_at, variants)[: 1 + len(scored_at)]
     hop = next((v.hop for v in variants if v.hop), recipe.segment_hop)
     commit = versions()["commit"]
     folds = make_folds(corpus, "stratified", options.folds, 1, 0)
@@ -179,10 +180,6 @@ def _trials(options: argparse.Namespace, recipe: Recipe, threads: int) -> None:
             "note": options.note,
         }
         append(options.table, [about | line for line in lines])
-
-
-def _speeds(variants: Sequence[Variant]) -> list[float]:
-    return [speed for variant in variants for speed in variant.speeds]
 
 
 def _heard(model: Any, held_out: Sequence[Any]) -> Any:

@@ -194,7 +194,7 @@ def frozen_folds(run: Path, config: Mapping[str, Any]) -> list[FoldResult]:
     """The folds of the frozen settings' run. UserError where they are not the same folds of the same network."""
     folder = open_run(run)
     if others := differing(config, folder.config):
-        raise UserError(f"--frozen {run}: another experiment, its {', '.join(others)} are not those of this one")
+        raise UserError(f"--frozen {run}: another experiment, which differs from this one in {', '.join(others)}")
     return folder.load_folds()
 
 

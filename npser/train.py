@@ -293,7 +293,7 @@ def _measured_score(run: Path, config: dict[str, Any]) -> dict[str, Any]:
     same += ["optimiser", "features", "experiment"]
     differing = [key.removesuffix("_sha256") for key in same if folder.config.get(key) != config.get(key)]
     if differing:
-        raise UserError(f"--score-from {run}: another training, its {', '.join(differing)} are not those of this one")
+        raise UserError(f"--score-from {run}: another training, which differs from this one in {', '.join(differing)}")
     results = folder.load_folds()
     if not results:
         raise UserError(f"--score-from {run}: no fold is finished there")
