@@ -1,6 +1,7 @@
 """python -m npser.predict: recordings -> an emotion and its probability for each.
 
-A recording's probabilities are the mean over its windows (the vote by the sum), as in cross-validation.
+A recording's probabilities are the mean over its windows (the vote by the sum), as in cross-validation. Several
+networks of one kind can decide together: a window's probabilities are the mean of theirs then.
 """
 
 import argparse
@@ -49,6 +50,16 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE_OR_FOLDER",
         nargs="+",
         help="audio files; folders, searched recursively for audio; - for standard input",
+    )
+    p.add_argument(
+        "--with",
+        dest="others",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="MODEL.npz",
+        help="another model of the same kind, of another --seed for one, to decide together with: their probabilities "
+        "are averaged. May be given again and again",
     )
     what = p.add_argument_group("what is printed")
     form = what.add_mutually_exclusive_group()
@@ -271,8 +282,13 @@ class Live:
 # --- the command -------------------------------------------------------------------------------------------------
 
 
-def segments(model: "Model", source: Input, hop: int, live: Live | None = None) -> Iterator[tuple[float, Segment]]:
-    """The windows of a recording, in order, each with the recording's length in seconds; live shows how far it is."""
+def segments(
+    models: "Sequence[Model]", source: Input, hop: int, live: Live | None = None
+) -> Iterator[tuple[float, Segment]]:
+    """The windows of a recording, in order, each with the recording's length in seconds; live shows how far it is.
+
+    models: one, or several of the same architecture, whose probabilities are averaged.
+    """
     import numpy as np
 
     import kernels
@@ -282,24 +298,23 @@ def segments(model: "Model", source: Input, hop: int, live: Live | None = None) 
 
     try:
         recording = open_recording(source.path, live.read if live else None)
-        blocks = frame_blocks(kernels.rung(transforming(model.backend)), recording.samples())
+        blocks = frame_blocks(kernels.rung(transforming(models[0].backend)), recording.samples())
         number = 0
-        for piece in score(model, blocks, hop):
+        for piece in score(models, blocks, hop):
             if not np.isfinite(piece).all():
                 raise UserError(f"{source.path}: the model's probabilities are not finite: a parameter is too large")
             for p in piece:
                 start = number * hop * HOP
-                end = start + (model.input_frames - 1) * HOP + FRAME
-                yield (
-                    recording.seconds,
-                    Segment(start / SAMPLE_RATE, min(end, recording.length) / SAMPLE_RATE, p.astype("float64")),
-                )
+                end = start + (models[0].input_frames - 1) * HOP + FRAME
+                yield recording.seconds, Segment(start / SAMPLE_RATE, min(end, recording.length) / SAMPLE_RATE, p)
                 number += 1
     except UserError as error:
         raise UserError(str(error).replace(source.path, source.name)) from error
 
 
-def label_all(model: "Model", inputs: Iterable[Input | UserError], hop: int, writer: Writer, timeline: bool) -> "Tally":
+def label_all(
+    models: "Sequence[Model]", inputs: Iterable[Input | UserError], hop: int, writer: Writer, timeline: bool
+) -> "Tally":
     """Score every recording and write what comes out; bad ones get a line on standard error."""
     tally = Tally()
     for source in inputs:
@@ -309,7 +324,7 @@ def label_all(model: "Model", inputs: Iterable[Input | UserError], hop: int, wri
         try:
             if isinstance(source, UserError):
                 raise source
-            for seconds, segment in segments(model, source, hop, live):
+            for seconds, segment in segments(models, source, hop, live):
                 answer_interruption()
                 total, windows = total + segment.p, windows + 1
                 if timeline:
@@ -368,11 +383,19 @@ def _predict(options: argparse.Namespace, threads: int) -> int:
     from npser.progress import duration
     from npser.scoring import standardisation
 
-    model = load_model(options.model, options.backend)
-    try:
-        standardisation(model)
-    except UserError as error:
-        raise UserError(f"{options.model}: {error}") from None
+    paths = [options.model, *options.others]
+    models = [load_model(path, options.backend) for path in paths]
+    model = models[0]
+    for path, other in zip(paths, models, strict=True):
+        try:
+            standardisation(other)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        if (other.arch, other.labels) != (model.arch, model.labels):
+            raise UserError(
+                f"--with {path}: {other.arch} for {', '.join(other.labels)}, but {options.model} is {model.arch} for "
+                f"{', '.join(model.labels)}: only models of one kind decide together"
+            )
     hop = options.segment_hop or _trained_hop(model, options.model)
     with ExitStack() as stack:
         spool = Path("input")  # of standard input, which is read twice
@@ -383,9 +406,10 @@ def _predict(options: argparse.Namespace, threads: int) -> int:
         extra = {"width": _name_width(inputs)} if form is Table else {}
         writer = form(model.labels, options.timeline, sys.stdout, **extra)
         if options.verbose:
-            print(printable(describe(model, options.model, hop, threads)), file=sys.stderr)
+            for path, other in zip(paths, models, strict=True):
+                print(printable(describe(other, path, hop, threads)), file=sys.stderr)
         started = time.monotonic()
-        tally = label_all(model, inputs, hop, writer, options.timeline)
+        tally = label_all(models, inputs, hop, writer, options.timeline)
     if options.verbose:
         taken = time.monotonic() - started
         print(

@@ -3,15 +3,14 @@
 samples, block by block -> frames -> overlapping pieces of half a minute -> probabilities
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from types import ModuleType
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.reference import Array
 from npser.errors import UserError
-from npser.features import BINS, FRAME, HOP, LOG_FLOOR, Standardisation, log_magnitude, window_count
+from npser.features import BINS, FRAME, HOP, Standardisation, log_magnitude, padded, window_count
 from npser.inference import window_probabilities
 from npser.models import Model
 
@@ -29,16 +28,18 @@ def frame_blocks(k: ModuleType, samples: Iterable[NDArray[np.float32]]) -> Itera
 
 
 def score(
-    model: Model, blocks: Iterable[NDArray[np.float32]], hop: int, piece: int | None = None
-) -> Iterator[NDArray[np.float32]]:
+    models: Sequence[Model], blocks: Iterable[NDArray[np.float32]], hop: int, piece: int | None = None
+) -> Iterator[NDArray[np.float64]]:
     """Blocks of log magnitudes (frames, 128) of one recording -> probabilities (windows, K), piece by piece.
 
     Window n begins at frame n * hop. A recording shorter than a window is padded with the floor, as in training.
-    piece: how many windows are scored at once.
+    models: one, or several of the same architecture, whose probabilities are averaged; piece: how many windows are
+    scored at once.
     """
-    scale, length = standardisation(model), model.input_frames
-    if model.settings["bins"] != BINS:
-        raise UserError(f"the model reads spectra of {model.settings['bins']} bins, recordings give {BINS}")
+    length = models[0].input_frames
+    for model in models:
+        if model.settings["bins"] != BINS:
+            raise UserError(f"the model reads spectra of {model.settings['bins']} bins, recordings give {BINS}")
     piece = piece or max(PIECE // hop, 1)
     needed = length + (piece - 1) * hop  # frames that `piece` windows span
     held = np.empty((0, BINS), np.float32)
@@ -46,23 +47,24 @@ def score(
     for block in blocks:
         dropped = min(ahead, len(block))
         ahead -= dropped
-        held = np.concatenate([held, scale.apply(block[dropped:])])
+        held = np.concatenate([held, block[dropped:]])
         while len(held) >= needed:
-            yield _scored(model, held[:needed], hop)
+            yield _scored(models, held[:needed], hop)
             begun = True
             ahead += max(piece * hop - len(held), 0)
             held = held[piece * hop :]
-    if not begun and len(held) < length:
-        silence = np.full((length - len(held), BINS), LOG_FLOOR, np.float32)
-        held = np.concatenate([held, scale.apply(silence)])
+    if not begun:
+        held = padded(held, length)
     if len(held) >= length:
-        yield _scored(model, held, hop)
+        yield _scored(models, held, hop)
 
 
-def _scored(model: Model, frames: NDArray[np.float32], hop: int) -> Array:
-    """Probabilities (windows, K) of all whole windows of standardised frames (N, 128), `hop` frames apart."""
-    starts = hop * np.arange(window_count(len(frames), model.input_frames, hop))
-    return window_probabilities(model, [(frames, starts)])
+def _scored(models: Sequence[Model], frames: NDArray[np.float32], hop: int) -> NDArray[np.float64]:
+    """Probabilities (windows, K) of all whole windows of log magnitudes (N, 128), `hop` frames apart."""
+    starts = hop * np.arange(window_count(len(frames), models[0].input_frames, hop))
+    said = [window_probabilities(model, [(standardisation(model).apply(frames), starts)]) for model in models]
+    mean: NDArray[np.float64] = np.mean(said, axis=0, dtype=np.float64)
+    return mean
 
 
 def standardisation(model: Model) -> Standardisation:

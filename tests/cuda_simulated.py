@@ -488,7 +488,7 @@ def test_a_recording_is_labelled(tmp_path):
     soundfile.write(tmp_path / "a.wav", 0.1 * numbers(128 * 128), 16000)
     source = Input("a", str(tmp_path / "a.wav"))
     ours, theirs = (
-        [segment.p for _, segment in segments(load_model(tmp_path / "m.npz", backend=backend), source, 64)]
+        [segment.p for _, segment in segments([load_model(tmp_path / "m.npz", backend=backend)], source, 64)]
         for backend in ("cuda", "cpu")
     )
     assert len(ours) == 1

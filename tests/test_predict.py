@@ -132,6 +132,29 @@ def test_timeline_has_a_line_for_every_window(model, model_file, folder):
     assert len(rows) == 7
 
 
+def test_several_models_decide_together(model, model_file, folder, tmp_path, capsys):
+    others = []
+    for seed in (5, 6):
+        other = build_model("lstm", hidden=8, classes=3, seed=seed)
+        other.set_params({"out.w": 8 * other.params["out.w"]})
+        other.scale = Standardisation(np.full(128, -3, np.float32), np.full(128, seed, np.float32))  # its own
+        other.labels, other.training = LABELS, {"segment_hop": 40}
+        other.save(tmp_path / f"{seed}.npz")
+        others.append(other)
+    arguments = [str(model_file), "--with", str(tmp_path / "5.npz"), "--with", str(tmp_path / "6.npz")]
+    sounds = [str(folder / "a.wav"), str(folder / "deep" / "short.wav")]
+    assert predict.main([*arguments, *sounds, "--json", "--verbose"]) == 0
+    printed = capsys.readouterr()
+    for line, path in zip(map(json.loads, printed.out.splitlines()), sounds, strict=True):
+        mean = np.mean([expected(m, path) for m in (model, *others)], axis=0)
+        np.testing.assert_allclose([*line["probabilities"].values()], mean, atol=2e-6)
+    assert all(f"{name}: lstm trained on" in printed.err for name in ("m.npz", "5.npz", "6.npz"))
+    other.labels = ("calm", "joy", "rage")
+    other.save(tmp_path / "6.npz")
+    with pytest.raises(UserError, match=r"--with .*6\.npz: lstm for calm, joy, rage, but .*m\.npz is lstm for sadness"):
+        predict.main([*arguments, *sounds])
+
+
 def test_bad_files_are_named_and_the_others_labelled(model_file, folder, tmp_path):
     (tmp_path / "garbage.wav").write_bytes(b"garbage" * 100)
     soundfile.write(tmp_path / "silent.wav", np.zeros(16000), 16000)
@@ -192,7 +215,7 @@ def test_a_terminal_sees_how_far_a_long_recording_is(model, folder, monkeypatch)
     monkeypatch.setattr(predict.time, "monotonic", lambda: float(next(times)))
     monkeypatch.setattr(sys, "stderr", Terminal())
     out, path = io.StringIO(), str(folder / "b.flac")
-    predict.label_all(model, [predict.Input("b.flac", path)], 20, predict.JSONLines(LABELS, False, out), False)
+    predict.label_all([model], [predict.Input("b.flac", path)], 20, predict.JSONLines(LABELS, False, out), False)
     drawn = sys.stderr.getvalue().split("\r\x1b[K")
     assert drawn[1] == "b.flac  reading, 0:00:02.0"
     assert re.fullmatch(r"b\.flac  0:00:01\.0 of 0:00:02\.0  \d times real time", drawn[2])

@@ -43,13 +43,13 @@ def test_pieces_together_are_all_windows(model, hop, count):
         return
     starts = hop * np.arange(1 + (count - 128) // hop)
     whole = window_probabilities(model, [(model.scale.apply(x), starts)])
-    made = np.concatenate(list(score(model, blocks(x, seed=hop), hop, piece=3)))
+    made = np.concatenate(list(score([model], blocks(x, seed=hop), hop, piece=3)))
     np.testing.assert_allclose(made, whole, atol=1e-6)
 
 
 def test_a_short_recording_is_padded_as_in_training(model):
     x = frames(50)
-    (p,) = score(model, [x[:20], x[20:]], 16)
+    (p,) = score([model], [x[:20], x[20:]], 16)
     padded = np.concatenate([x, np.full((78, 128), LOG_FLOOR, np.float32)])
     np.testing.assert_allclose(p, model.predict_proba(model.scale.apply(padded)[None]), atol=1e-6)
 
@@ -58,10 +58,10 @@ def test_the_mean_of_the_windows_is_the_vote_of_the_evaluation(model):
     utterances = [frames(n) for n in (90, 128, 300, 777)]
     votes = evaluate(model, WindowSet(utterances, model.scale, model.input_frames, 24))
     for x, p in zip(utterances, votes.probabilities, strict=True):
-        mean = np.concatenate(list(score(model, blocks(x), 24, piece=5))).mean(axis=0)
+        mean = np.concatenate(list(score([model], blocks(x), 24, piece=5))).mean(axis=0)
         np.testing.assert_allclose(mean, p, atol=1e-6)
 
 
 def test_a_model_without_statistics_is_refused():
     with pytest.raises(UserError, match="no feature statistics"):
-        list(score(build_model("lstm", hidden=4), [frames(200)], 16))
+        list(score([build_model("lstm", hidden=4)], [frames(200)], 16))
