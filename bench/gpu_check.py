@@ -186,6 +186,8 @@ def check_operations(precision: str) -> Results:
     compare("of 7 classes", "softmax", logits)
     _, p = compare("of 7 classes", "cross_entropy_forward", logits, targets)
     compare("of 7 classes", "cross_entropy_backward", p, targets)
+    compare("of 7 classes, smoothed", "cross_entropy_forward", logits, targets, smoothing=0.1)
+    compare("of 7 classes, smoothed", "cross_entropy_backward", p, targets, smoothing=0.1)
     return results
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,27 +97,6 @@ def _rates(model: "Model", convolutions: float, dense: float) -> None:
         dropout.rate = convolutions if number < 2 else dense
 
 
-class _Smoothed:
-    """A rung whose cross-entropy wants a share of the probability spread over all classes (Szegedy et al. 2016)."""
-
-    def __init__(self, k: Any, share: float) -> None:
-        self._k, self._share = k, share
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._k, name)
-
-    def cross_entropy_backward(self, p: Floats, targets: NDArray[np.int64]) -> Floats:
-        d: Floats = self._k.cross_entropy_backward(p, targets)
-        B, K = p.shape
-        d -= np.float32(self._share / (B * K))
-        d[np.arange(B), targets] += np.float32(self._share / B)
-        return d
-
-
-def _smooth(model: "Model") -> None:
-    model.k = _Smoothed(model.k, 0.1)  # type: ignore[assignment]
-
-
 VARIANTS: Mapping[str, Variant] = {
     "floor-0.01": Variant("the logarithm's floor 0.01", frames=partial(_log, floor=0.01)),
     "floor-0.0001": Variant("the logarithm's floor 0.0001", frames=partial(_log, floor=0.0001)),
@@ -129,7 +108,6 @@ VARIANTS: Mapping[str, Variant] = {
     "no-dropout": Variant("no dropout", network=partial(_rates, convolutions=0, dense=0)),
     "dense-dropout": Variant("dropout in the dense layer only", network=partial(_rates, convolutions=0, dense=0.25)),
     "half-dropout": Variant("dropout 0.5", network=partial(_rates, convolutions=0.5, dense=0.5)),
-    "smooth": Variant("label smoothing 0.1", network=_smooth),
     "noise": Variant("utterances heard with white noise, too, 10 to 30 dB below them", recording=_noisy),
     "dense-scoring": Variant("scored by windows every 4 frames", hop=4),
     "speeds-scoring": Variant("scored at speeds 0.95, 1 and 1.05", speeds=(0.95, 1.05)),

@@ -25,7 +25,7 @@ Arrays are NumPy's, or the GPU's own: `kernels.arrays(k)` is the module that mak
 | LSTM over a sequence         | lstm_forward(z, wh)               | lstm_backward(dh, gates, c, wh)               |
 | ... from inputs to states    | lstm_inference(x, wx, wh, b)      |                                               |
 | softmax                      | softmax(logits)                   |                                               |
-| cross-entropy                | cross_entropy_forward(logits, ..) | cross_entropy_backward(p, targets)            |
+| cross-entropy                | cross_entropy_forward(logits, ..) | cross_entropy_backward(p, targets, ..)        |
 | SGD with momentum            | sgd_update(w, v, dw, ..)          |                                               |
 | short-time Fourier magnitude | stft_magnitude_forward(x, ..)     | stft_magnitude_backward(dy, spectrum, ..)     |
 

@@ -290,22 +290,27 @@ def softmax(logits: Array) -> Array:
     return e / e.sum(axis=1, keepdims=True)
 
 
-def cross_entropy_forward(logits: Array, targets: Array) -> tuple[float, Array]:
+def cross_entropy_forward(logits: Array, targets: Array, smoothing: float = 0.0) -> tuple[float, Array]:
     """Mean softmax cross-entropy over the batch: (loss, p).
 
-        loss = mean over n of  -log p[n, targets[n]]
+        loss = mean over n of  -sum over k of q[n, k] log p[n, k],      q = (1 - s) onehot(targets) + s / K
 
-    from the logits, not from p, so that a saturated softmax keeps its exact loss. logits (B, K), targets (B,) ints.
+    from the logits, not from p, so that a saturated softmax keeps its exact loss. logits (B, K), targets (B,) ints;
+    smoothing: s in [0, 1), the share of the probability that is wanted spread over all classes (label smoothing,
+    Szegedy et al. 2016).
     """
     shifted = logits - logits.max(axis=1, keepdims=True)
     log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return float(-log_p[np.arange(len(targets)), targets].mean()), np.exp(log_p)
+    wanted = log_p[np.arange(len(targets)), targets]
+    if smoothing:  # else a class that is impossible, log p = -inf, would matter: 0 times infinity
+        wanted = log_p.dtype.type(1 - smoothing) * wanted + log_p.dtype.type(smoothing) * log_p.mean(axis=1)
+    return float(-wanted.mean()), np.exp(log_p)
 
 
-def cross_entropy_backward(p: Array, targets: Array) -> Array:
-    """dlogits = (p - onehot(targets)) / B.   p (B, K) -> dlogits (B, K)."""
-    dlogits = p.copy()
-    dlogits[np.arange(len(targets)), targets] -= 1
+def cross_entropy_backward(p: Array, targets: Array, smoothing: float = 0.0) -> Array:
+    """dlogits = (p - q) / B, with the q of `cross_entropy_forward`.   p (B, K) -> dlogits (B, K)."""
+    dlogits = p - p.dtype.type(smoothing / p.shape[1])
+    dlogits[np.arange(len(targets)), targets] -= p.dtype.type(1 - smoothing)
     return dlogits / p.dtype.type(len(targets))
 
 

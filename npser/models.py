@@ -257,17 +257,20 @@ class Model:
         self._check_batch(x, y)
         return float(self.train_batch(x, self.arrays.asarray(y), sgd)[0])
 
-    def train_batch(self, x: Array, y: Array, sgd: SGD, place: Array | None = None) -> tuple[Any, Array]:
+    def train_batch(
+        self, x: Array, y: Array, sgd: SGD, place: Array | None = None, smoothing: float = 0.0
+    ) -> tuple[Any, Array]:
         """`train_step` that also returns the probabilities (B, K), dropout on, of which the loss was computed.
 
         y, loss and probabilities are of the rung: on a GPU nothing here waits for them. Nothing is updated when the
         loss is known not to be finite. With `place` (tdcnn), x (D, bins, bins) are the distinct windows of the batch.
+        smoothing: of the labels, see `kernels.reference.cross_entropy_forward`.
         """
         layers = self.layers if place is None else self.shared(place)
         logits = self._logits(x, sgd.updates) if place is None else layers.forward(x, sgd.updates)
-        loss, p = self.k.cross_entropy_forward(logits, y)
+        loss, p = self.k.cross_entropy_forward(logits, y, smoothing)
         if not self.arrays.diverged(loss):
-            dlogits = self.k.cross_entropy_backward(p, y)
+            dlogits = self.k.cross_entropy_backward(p, y, smoothing)
             sgd.update(self.k, self.layers.params, lambda sink: layers.backward(dlogits, sink, need_dx=False))
         return loss, p
 

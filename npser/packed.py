@@ -17,6 +17,7 @@ from typing import Any
 from npser.errors import UserError
 from npser.files import write_atomically
 from npser.foldresult import FoldResult
+from npser.recipes import completed
 from npser.runfolder import RunFolder, config_fault
 
 SUFFIX = ".json.xz"
@@ -80,4 +81,4 @@ def unpack(path: Path) -> PackedRun:
             raise ValueError("its folds have other labels than its configuration")
     except (OSError, EOFError, lzma.LZMAError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path}: not a packed run that can be read ({' '.join(str(error).split())[:200]})") from error
-    return PackedRun(path, config, tuple(sorted(results, key=lambda r: (r.repeat, r.fold))))
+    return PackedRun(path, completed(config), tuple(sorted(results, key=lambda r: (r.repeat, r.fold))))

@@ -32,6 +32,7 @@ class Recipe:
     clip_norm: float | None = None  # longest gradient: see npser.optim.SGD
     final_rate: float = 1.0  # the learning rate falls linearly to this share of it
     average_last: int = 1  # the weights are the mean of those after so many last epochs
+    label_smoothing: float = 0.0  # share of the probability that is wanted spread over all classes
     share_windows: int = 1  # tdcnn: so many neighbours stand together in a batch, common windows computed once
     speeds: tuple[float, ...] = ()  # beside 1: in each epoch, every utterance is heard at one of these speeds
     moving: bool = False  # windows begin anywhere within their share of the utterance, anew in every epoch
@@ -45,6 +46,7 @@ class Recipe:
                 self.share_windows == 1 or (self.share_windows > 1 and not self.moving),
                 "1 is wanted, as windows that move have nothing in common, or a recipe without moving windows",
             ),
+            "label_smoothing": (0 <= self.label_smoothing < 1, "a share below 1 is wanted, 0 for none"),
             "final_rate": (0 < self.final_rate <= 1, "a share above 0, at most 1, is wanted"),
             "speeds": (all(0.25 <= speed <= 4 for speed in self.speeds), "speeds from 0.25 to 4 are wanted"),
         }
@@ -95,6 +97,13 @@ def from_settings(config: Mapping[str, Any]) -> Recipe:
     """The recipe that `as_settings` wrote."""
     rest = dict(config["training"])
     return Recipe(**{name: config[name] for name in OPTIONS}, **rest | {"speeds": tuple(rest["speeds"])})
+
+
+def completed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration, its recipe with every field: what an older version did not know is as its trainings had it."""
+    if not isinstance(config.get("training"), Mapping):
+        return dict(config)
+    return {**config, "training": {**as_settings(Recipe())["training"], **config["training"]}}
 
 
 def describe(recipe: Recipe) -> str:

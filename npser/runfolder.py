@@ -26,6 +26,7 @@ from npser.errors import UserError
 from npser.files import explained, sweep, write_atomically
 from npser.foldresult import VOTES, FoldResult, damaged, json_text
 from npser.lock import Lock
+from npser.recipes import completed
 from npser.runreport import render_markdown
 
 # What may differ between the start of a run and its resumption, or between machines that share its folds.
@@ -267,7 +268,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         fault = str(error)
     if fault:
         raise UserError(f"{source}: damaged ({fault}): restore it, or use another --out")
-    return config
+    return completed(config)
 
 
 def _read_text(path: Path) -> str:

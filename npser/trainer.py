@@ -6,7 +6,7 @@ run that was stopped and resumed gives the same numbers as one that was not.
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +43,12 @@ class Task:
     final_rate: float = 1.0
     average_last: int = 1
     share_windows: int = 1
+    label_smoothing: float = 0.0
 
     @classmethod
     def of(cls, windows: Windows, targets: NDArray[np.int64], seed: Sequence[int], recipe: Recipe) -> "Task":
         """The task that a recipe makes of these windows."""
-        names = ("epochs", "batch_size", "clip_norm", "final_rate", "average_last", "share_windows")
+        names = {field.name for field in fields(cls)} & {field.name for field in fields(recipe)}
         return cls(windows, targets, seed, **{name: getattr(recipe, name) for name in names})
 
     def optimiser(self) -> SGD:
@@ -128,11 +129,11 @@ def train_epochs(
             seen = min(at + task.batch_size, len(order))  # the last batch may be smaller
             y = targets[at:seen]
             if task.share_windows == 1:
-                loss, p = model.train_batch(k.take_windows(frames, starts[at:seen], length), y, sgd)
+                windows, place = k.take_windows(frames, starts[at:seen], length), None
             else:
                 distinct, place = map(k.asarray, model.distinct_windows(rows[at:seen]))
                 windows = k.take_windows(frames, distinct, model.window_frames)
-                loss, p = model.train_batch(windows, y, sgd, place)
+            loss, p = model.train_batch(windows, y, sgd, place, task.label_smoothing)
             if k.diverged(loss):
                 raise _diverged(float(loss), epoch, sgd.updates + 1)
             tally.add(loss, p, y)

@@ -280,6 +280,8 @@ def test_loss():
     agree("softmax", logits)
     _, p = agree("cross_entropy_forward", logits, targets)
     agree("cross_entropy_backward", arrays.asnumpy(p), targets)
+    agree("cross_entropy_forward", logits, targets, smoothing=0.1)
+    agree("cross_entropy_backward", arrays.asnumpy(p), targets, smoothing=0.1)
     p = on_device(reference.softmax(logits))
     tally, truth = arrays.Tally(), host.Tally()
     for loss in (0.5, 0.25):

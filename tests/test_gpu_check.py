@@ -37,7 +37,7 @@ def test_the_check_of_a_gpu_tries_itself(tmp_path, tones):
         assert found["launching"]["not by the driver"] == {"because": "NUMBA_ENABLE_CUDASIM", "agrees": True}
         assert found["launching"]["libraries"].keys() == {"nvvm", "nvJitLink"}
         operations = [value for value in found["parity float32"].values() if isinstance(value, dict)]
-        assert len(operations) == 2 * 5 + 2 * 3 + 2 * 2 + 6
+        assert len(operations) == 2 * 5 + 2 * 3 + 2 * 2 + 8
         assert all(operation["agrees"] for operation in operations)
         assert "skipped" in found["memcheck float32"] or "report" in found["memcheck float32"]
         assert found["cross-validation lstm"]["finished_folds"] == 2

@@ -170,12 +170,20 @@ def test_lstm(sizes):
     check_operation({"z": z} | ({"wh": wh} if T > 1 else {}), lambda: k.lstm_forward(z, wh), backward)
 
 
-def test_cross_entropy():
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy(smoothing):
     logits, targets = rng_for(8).standard_normal((5, 4)), np.array([0, 3, 1, 3, 2])
-    _, p = k.cross_entropy_forward(logits, targets)
+    loss, p = k.cross_entropy_forward(logits, targets, smoothing)
     np.testing.assert_allclose(p, k.softmax(logits), rtol=1e-14)
-    expected = differences(lambda: k.cross_entropy_forward(logits, targets)[0], logits, 1e-5).reshape(logits.shape)
-    assert_close(k.cross_entropy_backward(p, targets), expected, "logits")
+    wanted = np.full(logits.shape, smoothing / 4)
+    wanted[np.arange(5), targets] += 1 - smoothing
+    assert loss == pytest.approx(-(wanted * np.log(p)).sum() / 5)
+
+    def of_logits():
+        return k.cross_entropy_forward(logits, targets, smoothing)[0]
+
+    expected = differences(of_logits, logits, 1e-5).reshape(logits.shape)
+    assert_close(k.cross_entropy_backward(p, targets, smoothing), expected, "logits")
 
 
 def test_cross_entropy_of_saturated_logits():

@@ -61,18 +61,24 @@ def test_dropout_keeps_the_mean():
 
 
 @few_examples
-@given(numbers, st.integers(1, 40), st.integers(2, 9), st.sampled_from([1.0, 100.0, 1e30]))
-def test_softmax_and_cross_entropy(make, B, K, magnitude):
+@given(
+    numbers,
+    st.integers(1, 40),
+    st.integers(2, 9),
+    st.sampled_from([1.0, 100.0, 1e30]),
+    st.sampled_from([0.0, 0.1, 0.5]),
+)
+def test_softmax_and_cross_entropy(make, B, K, magnitude, smoothing):
     logits, targets = make(B, K, magnitude=magnitude), make.rng.integers(0, K, B)
-    loss, p = cpu.cross_entropy_forward(logits, targets)
-    true_loss, true_p = reference.cross_entropy_forward(*wide(logits), targets)
+    loss, p = cpu.cross_entropy_forward(logits, targets, smoothing)
+    true_loss, true_p = reference.cross_entropy_forward(*wide(logits), targets, smoothing)
     assert loss == pytest.approx(true_loss, rel=1e-5, abs=1e-6)
     for ours in (p, cpu.softmax(logits)):
         assert ours.dtype == np.float32
         np.testing.assert_allclose(ours, true_p, rtol=1e-4, atol=1e-6)
-    d = cpu.cross_entropy_backward(p, targets)
+    d = cpu.cross_entropy_backward(p, targets, smoothing)
     assert d.dtype == np.float32
-    np.testing.assert_allclose(d, reference.cross_entropy_backward(true_p, targets), atol=2e-6 / B)
+    np.testing.assert_allclose(d, reference.cross_entropy_backward(true_p, targets, smoothing), atol=2e-6 / B)
 
 
 @few_examples

@@ -121,6 +121,8 @@ def test_the_rest(machine):
         agree("softmax", logits)
         _, p = agree("cross_entropy_forward", logits, targets)
         agree("cross_entropy_backward", p, targets)
+        agree("cross_entropy_forward", logits, targets, smoothing=0.3)
+        agree("cross_entropy_backward", p, targets, smoothing=0.3)
     moved = {"on": arrays, "like": host}
     x, place = numbers(2, 40, 9), np.array([[0, 1, 2], [1, 2, 4]])
     for name, *operands in [("step_before", x), ("last_step_forward", x), ("last_step_backward", numbers(2, 9), 4)]:

@@ -162,6 +162,16 @@ def test_another_machine_goes_on_from_the_packed_run(tmp_path, capsys):
     assert folder.finished() == [(0, 1)]
 
 
+def test_a_run_of_a_version_that_knew_fewer_fields_goes_on(tmp_path):
+    older = config(training={name: value for name, value in config()["training"].items() if name != "label_smoothing"})
+    run = save(tmp_path / "run", older, [some_fold(0, 0)])
+    assert RunFolder.open_or_create(run, config()).finished() == [(0, 0)]
+    pack(older, [some_fold(0, 0)], tmp_path / f"cnn-emodb-s0{SUFFIX}")
+    assert list(publish.shipped(tmp_path)) == ["cnn-emodb-s0"]
+    with pytest.raises(UserError, match="training"):
+        RunFolder.open_or_create(run, config(training=config()["training"] | {"label_smoothing": 0.1}))
+
+
 def test_the_tables_hold_every_run():
     best = [some_fold(0, 0, seed=3), some_fold(0, 2, seed=3)]
     folds = [some_fold(r, f) for r in (0, 1) for f in (0, 1)]

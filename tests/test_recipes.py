@@ -60,6 +60,7 @@ def test_the_paper_recipe_adds_nothing_to_the_paper_but_clipping():
             ("clip_norm", "0"),
             ("clip_norm", "nan"),
             ("final_rate", "1.1"),
+            ("label_smoothing", "1"),
             ("speeds", "0"),
         ),
     ],
@@ -106,10 +107,12 @@ def test_training_follows_every_field_of_a_recipe():
     same = weights()
     np.testing.assert_array_equal(same, np.concatenate([value.ravel() for value in model.params.values()]))
     changes = {"clip_norm": None, "final_rate": 1.0, "epochs": 2, "batch_size": 4, "segment_hop": 10, "average_last": 2}
+    changes |= {"label_smoothing": 0.1}
     for name, value in changes.items():
         other = weights(**{name: value})
         assert not np.array_equal(other, same), name
     told = {"epochs": 3, "batch_size": 4, "clip_norm": 0.01, "final_rate": 0.1, "average_last": 2, "share_windows": 2}
+    told |= {"label_smoothing": 0.2}
     task = small_task(**told)
     assert {name: getattr(task, name) for name in told} == told
     assert told.keys() == {f.name for f in fields(Recipe)} & {f.name for f in fields(Task)}

@@ -5,7 +5,7 @@ import gc
 import numpy as np
 import pytest
 
-from kernels import cpu  # noqa: F401 - before PyTorch, whose OpenMP would else not know that waiting is passive
+from kernels import cpu, reference  # noqa: F401 - cpu before PyTorch, whose OpenMP would else not wait passively
 from npser.models import build_model, parameter_count
 from npser.optim import SGD
 from npser.recipes import ARCHITECTURES
@@ -74,3 +74,15 @@ def test_logits_gradients_and_ten_steps(arch):
         torch_losses.append(torch_loss.item())
     assert abs(losses[-1] / losses[0] - 1) > 0.01, "nothing was learned, so the steps were not compared"
     np.testing.assert_allclose(losses, torch_losses, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_label_smoothing(smoothing):
+    rng = np.random.default_rng(5)
+    logits, y = 3 * rng.standard_normal((9, 7)), rng.integers(0, 7, 9)
+    theirs = torch.from_numpy(logits).requires_grad_()
+    torch_loss = torch.nn.functional.cross_entropy(theirs, torch.from_numpy(y), label_smoothing=smoothing)
+    torch_loss.backward()
+    loss, p = reference.cross_entropy_forward(logits, y, smoothing)
+    assert loss == pytest.approx(torch_loss.item(), rel=1e-12)
+    np.testing.assert_allclose(reference.cross_entropy_backward(p, y, smoothing), theirs.grad.numpy(), atol=1e-14)

@@ -49,8 +49,8 @@ def test_an_epoch_reports_the_mean_loss_and_accuracy_of_its_windows(monkeypatch)
     windows = WindowSet(frames, FLAT, 128, 8)
     seen, train_batch = [], model.train_batch
 
-    def watched(x, y, sgd):
-        loss, p = train_batch(x, y, sgd)
+    def watched(x, y, sgd, *rest):
+        loss, p = train_batch(x, y, sgd, *rest)
         seen.append((loss * len(y), (p.argmax(axis=1) == y).sum(), len(y)))
         return loss, p
 

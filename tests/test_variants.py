@@ -86,28 +86,6 @@ def test_initial_weights_and_dropout(arch):
     assert drops(fresh("dense-dropout")) == (arch == "cnn")  # the tdcnn has none there
 
 
-def test_label_smoothing_is_the_gradient_of_its_loss():
-    model = build_model("lstm", backend="reference", hidden=3, bins=4, dtype="float64")
-    plain = model.k
-    VARIANTS["smooth"].network(model)
-    rng = np.random.default_rng(0)
-    logits, y = rng.standard_normal((5, 7)), rng.integers(0, 7, 5)
-    wanted = np.full((5, 7), 0.1 / 7)
-    wanted[np.arange(5), y] += 0.9
-
-    def loss(z):
-        return -(wanted * np.log(plain.softmax(z))).sum() / 5
-
-    numerical = np.zeros_like(logits)
-    for at in np.ndindex(logits.shape):
-        step = np.zeros_like(logits)
-        step[at] = 1e-5
-        numerical[at] = (loss(logits + step) - loss(logits - step)) / 2e-5
-    d = model.k.cross_entropy_backward(plain.softmax(logits), y)
-    np.testing.assert_allclose(d, numerical, atol=1e-7)  # the shares are float32's
-    assert model.k.dense_forward is plain.dense_forward
-
-
 def test_versions_are_those_of_a_run_but_for_what_is_changed(tones):
     corpus = open_corpus(str(tones))
     usual = read_versions(corpus, "reference", 1, (0.9,))

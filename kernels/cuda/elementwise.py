@@ -56,7 +56,7 @@ def _dropout(x: Flat, y: Flat, n: int, key0: int, key1: int, threshold: int, sca
 
 
 @helper
-def softmax_row(logits: Flat, p: Flat, at: int, K: int, target: int) -> float:
+def softmax_row(logits: Flat, p: Flat, at: int, K: int, target: int, smoothing: float) -> float:
     """p of the row that begins at `at`; returns the loss of this target: differences first, so that nothing cancels."""
     largest = logits[at]
     for k in range(1, K):
@@ -66,23 +66,29 @@ def softmax_row(logits: Flat, p: Flat, at: int, K: int, target: int) -> float:
         total += math.exp(logits[at + k] - largest)
     for k in range(K):
         p[at + k] = math.exp(logits[at + k] - largest) / total
-    return (largest - logits[at + target]) + math.log(total)
+    below = largest - logits[at + target]
+    if smoothing > float32(0):
+        sum_below = float32(0)
+        for k in range(K):
+            sum_below += largest - logits[at + k]
+        below = (float32(1) - smoothing) * below + smoothing * (sum_below / float32(K))
+    return below + math.log(total)
 
 
 @kernel((F, F, I, I))
 def _softmax(logits: Flat, p: Flat, B: int, K: int) -> None:
     for n in range(cuda.grid(1), B, cuda.gridsize(1)):
-        softmax_row(logits, p, n * K, K, 0)
+        softmax_row(logits, p, n * K, K, 0, float32(0))
 
 
-@kernel((F, N, F, F, I, I), LOSS_THREADS)
-def _cross_entropy(logits: Flat, targets: Flat, p: Flat, loss: Flat, B: int, K: int) -> None:
+@kernel((F, N, F, F, I, I, R), LOSS_THREADS)
+def _cross_entropy(logits: Flat, targets: Flat, p: Flat, loss: Flat, B: int, K: int, smoothing: float) -> None:
     """One block: every thread takes every LOSS_THREADS-th row, and the first adds up what they have."""
     collected = cuda.shared.array(LOSS_THREADS, float32)
     t = cuda.threadIdx.x
     mine = float32(0)
     for n in range(t, B, LOSS_THREADS):
-        mine += softmax_row(logits, p, n * K, K, targets[n])
+        mine += softmax_row(logits, p, n * K, K, targets[n], smoothing)
     collected[t] = mine
     cuda.syncthreads()
     if t == 0:
@@ -92,10 +98,12 @@ def _cross_entropy(logits: Flat, targets: Flat, p: Flat, loss: Flat, B: int, K: 
         loss[0] = total / float32(B)
 
 
-@kernel((F, N, F, I, I))
-def _cross_entropy_backward(p: Flat, targets: Flat, dlogits: Flat, B: int, K: int) -> None:
+@kernel((F, N, F, I, I, R))
+def _cross_entropy_backward(p: Flat, targets: Flat, dlogits: Flat, B: int, K: int, smoothing: float) -> None:
     for e in range(cuda.grid(1), B * K, cuda.gridsize(1)):
-        wanted = float32(1) if e % K == targets[e // K] else float32(0)
+        wanted = smoothing / float32(K)
+        if e % K == targets[e // K]:
+            wanted += float32(1) - smoothing
         dlogits[e] = (p[e] - wanted) / float32(B)
 
 
@@ -145,19 +153,19 @@ def softmax(logits: Array) -> Array:
     return p
 
 
-def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, Array]:
+def cross_entropy_forward(logits: Array, targets: Array, smoothing: float = 0.0) -> tuple[Array, Array]:
     """See `kernels.reference.cross_entropy_forward`; the loss stays on the device: `float` waits for it."""
     B, K = logits.shape
     check(logits=(logits, (B, K), np.float32), targets=(targets, (B,), np.int32))
     loss, p = empty(()), empty((B, K))
-    _cross_entropy(1, logits, targets, p, loss, B, K)
+    _cross_entropy(1, logits, targets, p, loss, B, K, smoothing)
     return loss, p
 
 
-def cross_entropy_backward(p: Array, targets: Array) -> Array:
+def cross_entropy_backward(p: Array, targets: Array, smoothing: float = 0.0) -> Array:
     """See `kernels.reference.cross_entropy_backward`."""
     B, K = p.shape
     check(p=(p, (B, K), np.float32), targets=(targets, (B,), np.int32))
     dlogits = empty((B, K))
-    _cross_entropy_backward(blocks_for(B * K), p, targets, dlogits, B, K)
+    _cross_entropy_backward(blocks_for(B * K), p, targets, dlogits, B, K, smoothing)
     return dlogits
