@@ -66,7 +66,9 @@ def off_recipe(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _spelt(value: Any) -> str:
-    return ("+".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return "+".join(map(str, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def name_of(config: Mapping[str, Any]) -> str:

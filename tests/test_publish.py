@@ -130,7 +130,7 @@ def test_a_run_is_called_by_everything_that_makes_it_another():
     assert len(set(names)) == len(names) - 1  # a run of one repeat may become one of five
     labels = [publish._what(c) for c in others if c["cv"] == "stratified" and not c.get("experiment")]
     assert len(set(labels)) == len(labels) - 2  # folds and repeats have tables of their own
-    assert "with clip\\_norm=2.0 |" in publish.results_text({"a": (others[10], [some_fold(0, 0)])})
+    assert "with clip\\_norm=2 |" in publish.results_text({"a": (others[10], [some_fold(0, 0)])})
 
 
 def test_runs_that_decided_otherwise_are_not_put_together(tmp_path):
