@@ -67,7 +67,7 @@ RECIPES: Mapping[str, Mapping[str, Recipe]] = {
     },
     "best": {
         "cnn": Recipe(epochs=16, speeds=(0.95, 1.05), moving=True, final_rate=0.05, label_smoothing=0.1),
-        "lstm": Recipe(epochs=12, clip_norm=1.0, average_last=3),
+        "lstm": Recipe(epochs=12, clip_norm=1.0, average_last=3, label_smoothing=0.1),
         "tdcnn": Recipe(  # follows cnn
             epochs=10, speeds=(0.95, 1.05), moving=True, final_rate=0.05, label_smoothing=0.1
         ),
