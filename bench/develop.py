@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench.variants import VARIANTS
+from bench.variants import VARIANTS, combined
 from bench.variants import versions as versions_of
 from npser.cli import Parser, computing, run, set_threads, versions, whole
 from npser.document import Table, text_table
@@ -122,12 +122,12 @@ def _trials(options: argparse.Namespace, recipe: Recipe, threads: int) -> None:
     from npser.progress import Progress
 
     corpus = open_corpus(options.data)
-    variants = [VARIANTS[name] for name in options.variant]
-    if any(variant.recording for variant in variants) and not recipe.augmented:
+    variant = combined(options.variant, options.arch)
+    if variant.recording and not recipe.augmented:
         raise UserError(
             "--variant: one of them adds recordings, which only a recipe with speeds or moving windows hears"
         )
-    settings = " ".join([describe(recipe), *(f"variant={name}" for name in options.variant)])
+    settings = " ".join([describe(recipe), *(f"variant={name}" for name in sorted(options.variant))])
     had = {tuple(line[name] for name in KEY) for line in read(options.table)}
     waiting = [
         (fold, seed)
@@ -138,10 +138,11 @@ def _trials(options: argparse.Namespace, recipe: Recipe, threads: int) -> None:
     ]
     if not waiting:
         return
-    spoken = versions_of(corpus, options.backend, threads, recipe.speeds, variants)
-    scored_at = [speed for variant in variants for speed in variant.speeds]
-    heard = versions_of(corpus, options.backend, threads, scored_at, variants)[: 1 + len(scored_at)]
-    hop = next((v.hop for v in variants if v.hop), recipe.segment_hop)
+    speeds = list(dict.fromkeys([*recipe.speeds, *variant.speeds]))
+    made, added = versions_of(corpus, options.backend, threads, speeds, variant)
+    at = dict(zip((1.0, *speeds), made, strict=True))
+    spoken = [*(at[speed] for speed in (1.0, *recipe.speeds)), *added]
+    heard = [at[speed] for speed in (1.0, *variant.speeds)]
     commit = versions()["commit"]
     folds = make_folds(corpus, "stratified", options.folds, 1, 0)
     parts = {}
@@ -158,10 +159,9 @@ def _trials(options: argparse.Namespace, recipe: Recipe, threads: int) -> None:
         progress.begin_fold(f"fold 0.{fold}", steps[fold])
         model, task = prepare(spoken, corpus.targets, train, len(corpus.labels), frozen[seed], (seed, 0, fold))
         assert model.scale is not None
-        for variant in variants:
-            if variant.network:
-                variant.network(model)
-        scale = model.scale
+        if variant.network:
+            variant.network(model)
+        scale, hop = model.scale, recipe.segment_hop
         held_out = [WindowSet([frames[i] for i in development], scale, length, hop) for frames in heard]
         lines: list[Line] = []
         try:
@@ -183,13 +183,14 @@ def _trials(options: argparse.Namespace, recipe: Recipe, threads: int) -> None:
 
 
 def _heard(model: Any, held_out: Sequence[Any]) -> Any:
-    """What a network says of the development utterances: its votes, averaged over all that they are heard at."""
+    """What a network says of the development utterances: the votes of all their windows, at all speeds."""
     import numpy as np
 
-    from npser.trainer import Votes, evaluate
+    from npser.inference import window_probabilities
+    from npser.trainer import vote
 
-    votes = [evaluate(model, windows) for windows in held_out]
-    return Votes(np.mean([v.probabilities for v in votes], axis=0), votes[0].majority)
+    p = [window_probabilities(model, windows.recordings()) for windows in held_out]
+    return vote(np.concatenate(p), np.concatenate([windows.owner for windows in held_out]))
 
 
 def _epochs(model: Any, task: Any, held_out: Sequence[Any], targets: Any, progress: Any) -> Iterable[Line]:

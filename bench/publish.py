@@ -235,11 +235,13 @@ def _averaged(published: Published) -> list[str]:
     header = ("network", "networks", "average F1 alone", "together", "pooled UAR alone", "together", "95 % interval")
     if not rows:
         return []
-    title = "Repeats averaged: one decision an utterance, by the mean probabilities of its networks, in per cent"
+    title = "Repeats averaged: one decision an utterance, by all its networks together, in per cent"
     return [
         _titled(Table(title, (*header, "accuracy"), tuple(rows))),
-        "An utterance has one network in each whole repeat (alone: the mean of these repeats). None of them was "
-        "trained on it; together they have heard all other utterances.",
+        "An utterance has one network in each whole repeat (alone: the mean of these repeats); none of them was "
+        "trained on it. Together: by the mean of their probabilities (by --vote majority, by most of their decisions). "
+        "Stratified repeats deal the folds anew, so together the networks have heard more of the other utterances than "
+        "any one of them; repeats that leave one speaker out differ in their seeds alone.",
     ]
 
 

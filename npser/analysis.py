@@ -147,8 +147,8 @@ def averaged(results: Sequence[FoldResult], folds: int | None = None) -> tuple[l
     """All whole repeats as one: its folds are those of the first, and how many networks decide on an utterance.
 
     An utterance has one network in each repeat that had it in its test fold, so none of them was trained on it. By sum,
-    the mean of their probabilities decides; by majority, most of their own decisions do, of equals the one with the
-    larger mean. folds: see `whole_repeats`, of which there must be two: None otherwise.
+    the mean of their probabilities decides; by majority, the majority of their own decisions, of equals the one with
+    the larger mean. folds: see `whole_repeats`, of which there must be two: None otherwise.
     """
     whole = whole_repeats(results, folds)
     made: dict[tuple[str, str], list[UtteranceResult]] = {}
@@ -162,6 +162,7 @@ def averaged(results: Sequence[FoldResult], folds: int | None = None) -> tuple[l
         labels, of = result.labels, [made[u.file, u.truth] for u in result.utterances]
         p = np.array([np.mean([u.probabilities for u in networks], axis=0) for networks in of])
         ballots = np.array([[sum(u.majority == label for u in networks) for label in labels] for networks in of])
+        p, ballots = p.reshape(-1, len(labels)), ballots.reshape(-1, len(labels))  # of a fold without utterances, too
         together.append(
             fold_result(
                 repeat=result.repeat,

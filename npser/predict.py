@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="MODEL.npz",
         help="another model of the same kind, of another --seed for one, to decide together with: their probabilities "
-        "are averaged. May be given again and again",
+        "are averaged over the windows of MODEL.npz. May be repeated",
     )
     what = p.add_argument_group("what is printed")
     form = what.add_mutually_exclusive_group()
@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
         "--segment-hop",
         type=whole(1),
         metavar="N",
-        help="frames (8 ms) from one window to the next (default: as in the model's training)",
+        help="frames (8 ms) from one window to the next (default: as in the first model's training)",
     )
     how.add_argument(
         "--backend",
@@ -381,14 +381,16 @@ def _predict(options: argparse.Namespace, threads: int) -> int:
     """The command with its options checked and its threads set."""
     from npser.models import load_model
     from npser.progress import duration
-    from npser.scoring import standardisation
+    from npser.scoring import require_readable
 
     paths = [options.model, *options.others]
     models = [load_model(path, options.backend) for path in paths]
     model = models[0]
-    for path, other in zip(paths, models, strict=True):
+    for number, (path, other) in enumerate(zip(paths, models, strict=True)):
+        if path.resolve() in [earlier.resolve() for earlier in paths[:number]]:
+            raise UserError(f"--with {path}: this model is there already")
         try:
-            standardisation(other)
+            require_readable(other)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         if (other.arch, other.labels) != (model.arch, model.labels):

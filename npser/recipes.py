@@ -14,6 +14,7 @@ from npser.errors import UserError
 
 ARCHITECTURES = ("cnn", "lstm", "tdcnn")
 NAMES = ("paper", "best")
+_ADDED = {"label_smoothing": 0.0}  # fields that the first published runs do not have, and what they were trained with
 OPTIONS = ("epochs", "segment_hop", "batch_size")  # fields that have a place of their own in config.json
 _COUNTS = (*OPTIONS, "average_last")
 
@@ -102,10 +103,10 @@ def from_settings(config: Mapping[str, Any]) -> Recipe:
 
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration, its recipe with every field: what an older version did not know is as its trainings had it."""
+    """A configuration with the fields that its version did not know yet, as its trainings had them."""
     if not isinstance(config.get("training"), Mapping):
         return dict(config)
-    return {**config, "training": {**as_settings(Recipe())["training"], **config["training"]}}
+    return {**config, "training": {**_ADDED, **config["training"]}}
 
 
 def describe(recipe: Recipe) -> str:

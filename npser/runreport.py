@@ -219,8 +219,8 @@ def _interval(results: Sequence[FoldResult], vote: str) -> list[Block]:
 
 
 def _averaged(config: Mapping[str, Any], results: Sequence[FoldResult]) -> list[Block]:
-    """What the networks of all repeats say together."""
-    if (together := averaged(results, config.get("folds"))) is None:
+    """What the networks of all repeats say together; nothing of an experiment, which may have trained on them."""
+    if config.get("experiment") or (together := averaged(results, config.get("folds"))) is None:
         return []
     decided, networks = together
     summary = summary_of(config, decided)

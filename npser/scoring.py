@@ -38,8 +38,7 @@ def score(
     """
     length = models[0].input_frames
     for model in models:
-        if model.settings["bins"] != BINS:
-            raise UserError(f"the model reads spectra of {model.settings['bins']} bins, recordings give {BINS}")
+        require_readable(model)
     piece = piece or max(PIECE // hop, 1)
     needed = length + (piece - 1) * hop  # frames that `piece` windows span
     held = np.empty((0, BINS), np.float32)
@@ -65,6 +64,13 @@ def _scored(models: Sequence[Model], frames: NDArray[np.float32], hop: int) -> N
     said = [window_probabilities(model, [(standardisation(model).apply(frames), starts)]) for model in models]
     mean: NDArray[np.float64] = np.mean(said, axis=0, dtype=np.float64)
     return mean
+
+
+def require_readable(model: Model) -> None:
+    """UserError for a model that cannot score recordings."""
+    standardisation(model)
+    if model.settings["bins"] != BINS:
+        raise UserError(f"the model reads spectra of {model.settings['bins']} bins, recordings give {BINS}")
 
 
 def standardisation(model: Model) -> Standardisation:

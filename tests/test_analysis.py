@@ -115,6 +115,14 @@ def test_a_majority_of_networks_outvotes_the_probabilities():
     assert (networks, together.utterances[0].prediction, together.utterances[0].majority) == (3, "joy", "calm")
 
 
+def test_a_fold_without_utterances_is_averaged_too():
+    results = [fold({"a": ("s", 0, 0, 0.1)}, r, n) for r in (0, 1) for n in (0, 1)]
+    nothing = {vote: [[0, 0], [0, 0]] for vote in ("sum", "majority")}
+    results[::2] = [replace(result, utterances=(), confusion=nothing) for result in results[::2]]
+    together, _ = averaged(results)
+    assert [len(r.utterances) for r in together] == [0, 1]
+
+
 def test_nothing_is_averaged_without_two_whole_repeats():
     first, second, third = ([fold(part, r, n) for n, part in enumerate(parts)] for r, parts in enumerate(REPEATS))
     assert averaged([*first, *third], 2) is None

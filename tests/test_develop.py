@@ -11,6 +11,8 @@ from bench import develop
 from npser import crossval
 from npser.cli import commit_of
 from npser.errors import RunFailed, UserError
+from npser.features import Standardisation, WindowSet
+from npser.models import build_model
 
 SMALL = (
     "--arch",
@@ -121,13 +123,50 @@ def test_what_is_no_table_is_refused(table, content):
         develop.main(["--arch", "lstm", "--summary", "--table", str(table)])
 
 
-def test_a_variant_is_another_trial(tones, table, capsys):
-    run(tones, table)
-    run(tones, table, "--variant", "dense-scoring", "--variant", "he")
-    usual, changed = develop.read(table)[1::2]
-    assert changed["settings"] == f"{usual['settings']} variant=dense-scoring variant=he"
-    assert changed["training_loss"] == usual["training_loss"]  # an lstm has no layer before a ReLU
-    assert "variant=he" in capsys.readouterr().out
+def test_a_variant_is_another_trial(tones, table, monkeypatch):
+    """What it changes reaches the training and the scoring, and whatever their order, it is one trial."""
+    seen = []
+
+    def watched(model, task, held_out, targets, progress):
+        seen.append((model, task, held_out))
+        yield {"epoch": 1}
+
+    monkeypatch.setattr(develop, "_epochs", watched)
+
+    def trial(*arguments):
+        develop.main([*arguments, "--folds", "2", "--data", str(tones), "--table", str(table), "--threads", "1"])
+        return [line["settings"] for line in develop.read(table)]
+
+    cnn = ("--arch", "cnn", "--recipe", "best")
+    (usual,) = trial(*cnn)
+    names = ("he", "noise", "speeds-scoring")
+    settings = trial(*cnn, *(word for name in names for word in ("--variant", name)))
+    assert settings == [usual, f"{usual} variant=he variant=noise variant=speeds-scoring"]
+    assert trial(*cnn, *(word for name in reversed(names) for word in ("--variant", name))) == settings
+    (plain, task, once), (changed, with_noise, thrice) = seen
+    w = [model.params["conv2.w"] for model in (plain, changed)]
+    np.testing.assert_allclose(w[1], w[0] * np.sqrt(2), rtol=1e-6)
+    assert (len(task.windows.versions), len(with_noise.windows.versions)) == (3, 4)
+    assert [len(held_out) for held_out in (once, thrice)] == [1, 3]
+    normal, slower, faster = (len(windows.everything) for windows in thrice)
+    assert slower > normal > faster
+
+
+def test_all_windows_at_all_speeds_vote(tones):
+    model = build_model("lstm", hidden=4, classes=2, seed=1)
+    flat = Standardisation(np.zeros(128, np.float32), np.ones(128, np.float32))
+    rng = np.random.default_rng(0)
+    sets = [
+        WindowSet([rng.normal(0, 9, (n, 128)).astype(np.float32) for n in lengths], flat, 128, 16)
+        for lengths in ((140, 200), (180, 130))
+    ]
+    votes = develop._heard(model, sets)
+    p = [model.predict_proba(windows.batch(np.arange(len(windows)))) for windows in sets]
+    for utterance in (0, 1):
+        own = np.concatenate([q[windows.owner == utterance] for q, windows in zip(p, sets, strict=True)])
+        np.testing.assert_allclose(votes.probabilities[utterance], own.mean(axis=0), rtol=1e-5)
+        ballots = np.bincount(own.argmax(axis=1), minlength=2)
+        assert ballots[votes.majority[utterance]] == ballots.max()
 
 
 def test_a_trial_that_diverges_is_in_the_table(tones, table, monkeypatch, capsys):

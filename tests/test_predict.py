@@ -149,10 +149,31 @@ def test_several_models_decide_together(model, model_file, folder, tmp_path, cap
         mean = np.mean([expected(m, path) for m in (model, *others)], axis=0)
         np.testing.assert_allclose([*line["probabilities"].values()], mean, atol=2e-6)
     assert all(f"{name}: lstm trained on" in printed.err for name in ("m.npz", "5.npz", "6.npz"))
-    other.labels = ("calm", "joy", "rage")
-    other.save(tmp_path / "6.npz")
-    with pytest.raises(UserError, match=r"--with .*6\.npz: lstm for calm, joy, rage, but .*m\.npz is lstm for sadness"):
-        predict.main([*arguments, *sounds])
+    with pytest.raises(UserError, match=r"--with .*m\.npz: this model is there already"):
+        predict.main([str(model_file), "--with", str(model_file), *sounds])
+
+
+@pytest.mark.parametrize(
+    ("arch", "changes", "said"),
+    [
+        (
+            "lstm",
+            {"labels": ("calm", "joy", "rage")},
+            r"--with .*o\.npz: lstm for calm, joy, rage, but .*m\.npz is lstm",
+        ),
+        ("cnn", {}, r"--with .*o\.npz: cnn for sadness, .*, but .*m\.npz is lstm"),
+        ("lstm", {"bins": 64}, r"^[^ ]*o\.npz: the model reads spectra of 64 bins"),
+        ("lstm", {"scale": None}, r"^[^ ]*o\.npz: the model holds no feature statistics"),
+    ],
+)
+def test_only_models_of_one_kind_decide_together(model_file, folder, tmp_path, arch, changes, said):
+    bins = changes.get("bins", 128)
+    other = build_model(arch, hidden=8, filters=2, classes=3, bins=bins)
+    other.labels, other.training = changes.get("labels", LABELS), {"segment_hop": 20}
+    other.scale = changes.get("scale", Standardisation(np.zeros(bins, np.float32), np.ones(bins, np.float32)))
+    other.save(tmp_path / "o.npz")
+    with pytest.raises(UserError, match=said):
+        predict.main([str(model_file), "--with", str(tmp_path / "o.npz"), str(folder / "a.wav")])
 
 
 def test_bad_files_are_named_and_the_others_labelled(model_file, folder, tmp_path):

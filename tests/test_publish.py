@@ -15,6 +15,7 @@ from bench import publish
 from npser import train
 from npser.errors import UserError
 from npser.foldresult import fold_result
+from npser.metrics import average_f1, confusion_matrix, unweighted_average_recall
 from npser.options import read
 from npser.packed import SUFFIX, open_run, pack, unpack
 from npser.recipes import RECIPES, as_settings
@@ -208,9 +209,19 @@ def test_whole_repeats_are_averaged_in_a_table_of_their_own():
     text = publish.results_text({"cnn-emodb-s0": (config(folds=2), folds[:5]), "lstm": (config(), folds[:4])})
     assert text.count("#### Repeats averaged") == 1
     [line] = re.findall(r"^\| cnn, paper recipe \| 2 \| (.*) \|$", text, re.MULTILINE)
-    p = [[u.probabilities for r in folds[2 * k : 2 * k + 2] for u in r.utterances] for k in (0, 1)]
-    right = np.mean(p, axis=0).argmax(1) == np.tile(np.arange(20) % 2, 2)
-    assert line.endswith(f"{100 * right.mean():.2f}")
+    cells = line.split(" | ")
+    truth = np.arange(20) % 2
+    p = np.array([[u.probabilities for u in r.utterances] for r in folds[:4]]).reshape(2, 2, 20, 2)  # repeat, fold
+    together = p.mean(axis=0).argmax(axis=2)
+    alone = confusion_matrix(np.tile(truth, 4), p.argmax(axis=3).ravel(), 2)
+    matrices = [confusion_matrix(truth, decisions, 2) for decisions in together]
+    figures = (
+        np.mean([publish_f1(r) for r in folds[:4]]), np.mean([average_f1(m) for m in matrices]),
+        unweighted_average_recall(alone), unweighted_average_recall(sum(matrices)),
+    )  # fmt: skip
+    assert cells[:4] == [f"{100 * figure:.2f}" for figure in figures]
+    assert re.fullmatch(r"[\d.]+ to [\d.]+", cells[4])
+    assert cells[5] == f"{100 * (together == truth).mean():.2f}"
 
 
 def test_folds_that_were_computed_elsewhere_have_a_line_of_their_own():

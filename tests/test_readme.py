@@ -103,6 +103,17 @@ def test_the_trials_figures_are_those_that_ship():
     assert [row for row in rows if row not in known] == []
 
 
+def test_sum_and_majority_are_as_far_apart_as_is_said():
+    late = {}
+    for line in read_trials(TABLE):
+        if line["held_out"] == "0.33" and "speeds-scoring" not in line["settings"] and line["uar_majority"]:
+            trial = late.setdefault(tuple(line[name] for name in ("arch", "settings", "fold", "seed")), [])
+            trial.append(100 * (float(line["uar"]) - float(line["uar_majority"])))
+    apart = np.array([d for trial in late.values() for d in trial[-3:]])
+    said = f"a UAR {apart.mean():.1f} points above the majority's on average, the two being {np.abs(apart).mean():.1f} "
+    assert f"{said}apart on average and {np.abs(apart).max():.1f} at most" in " ".join(TEXT.split())
+
+
 def test_the_recipes_are_those_of_the_code():
     rows = re.findall(r"^\| (paper|best), (\w+) \| (\d+) \| (?:one of |)every (\d+) frames", TEXT, re.MULTILINE)
     told = {(name, arch): (int(epochs), int(hop)) for name, arch, epochs, hop in rows}

@@ -107,7 +107,12 @@ def test_repeats_are_averaged():
     joined = " ".join(text.split())
     assert "the mean probabilities of the 2 networks that were not trained on it" in joined
     assert "whole repeat: average F1 100.00, pooled UAR 100.00, accuracy 100.00." in joined
+    two = [make_fold(r, 0, predicted) for r, predicted in enumerate(decided)]
+    by_majority = " ".join(render_text(CONFIG | {"folds": 1, "vote": "majority"}, two).split())
+    assert "decided by the majority of the 2 networks" in by_majority
     assert "Repeats averaged" not in render_text(CONFIG, four_folds()[:2])
+    leaky = CONFIG | {"folds": 1, "experiment": "oversampled-first"}  # whose networks may have trained on it
+    assert "Repeats averaged" not in render_text(leaky, two)
 
 
 def test_no_spread_is_invented():
