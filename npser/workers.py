@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from npser.runfolder import RunFolder
 
 LOST = 3  # times that a worker may die before the run gives up
-LOOK_EVERY = 5.0  # seconds between two looks at whether a cluster has workers
+LOOK_EVERY = 5.0  # seconds between two looks at whether a cluster has workers, and whether the run is interrupted
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,9 @@ def run_folds(
             while waiting and failure is None and (not running or len(running) < at_once()):
                 job = waiting.pop(0)
                 running[executor.submit(compute, job)] = job
-            done, _ = wait(running, LOOK_EVERY if meanwhile else None, return_when=FIRST_COMPLETED)
+            # Never for longer: where another thread was given a signal, as happens in a run that was stopped (Ctrl-Z),
+            # Python tells this one only when it wakes.
+            done, _ = wait(running, LOOK_EVERY, return_when=FIRST_COMPLETED)
             if meanwhile and not done:
                 meanwhile()
             for future in done:

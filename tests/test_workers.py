@@ -142,6 +142,36 @@ def test_workers_that_join_get_folds(folder, monkeypatch):
     assert folder.finished() == [(0, n) for n in range(4)]
 
 
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="signals of single threads are POSIX")
+def test_a_signal_that_another_thread_was_given_ends_the_run(folder, monkeypatch):
+    """As happens to a run that was stopped (Ctrl-Z), and then killed."""
+    ended, in_time = threading.Event(), []
+
+    class Signalled(BaseException):
+        pass
+
+    def compute(job):
+        time.sleep(0.5)  # the main thread waits by now
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+        in_time.append(ended.wait(30))
+        return a_result(job.fold)
+
+    def answer(number, frame):
+        raise Signalled
+
+    monkeypatch.setattr(workers, "compute", compute)
+    monkeypatch.setattr(workers, "LOOK_EVERY", 0.1)
+    before = signal.signal(signal.SIGUSR1, answer)
+    try:
+        with ThreadPoolExecutor(1) as executor:
+            with pytest.raises(Signalled):
+                workers.run_folds(executor, [job(0)], folder, lambda: 1)
+            ended.set()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert in_time == [True]
+
+
 def return_or_stay(job):
     """In a spawned process: fold 1 goes on after the other's result was lost, and leaves a mark when it is let."""
     lost = Path(os.environ["NPSER_TEST_MARK"])
