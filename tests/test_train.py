@@ -499,13 +499,16 @@ def test_the_score_of_another_training_is_refused(finished, tones, tmp_path):
     pack({**run.config, "experiment": "windows-split"}, run.load_folds(), tmp_path / "leaks.json.xz")
     base = ["--arch", "lstm", "--data", str(tones), "--cv", "none", "--out", str(tmp_path / "o"), "--epochs", "3"]
     for options, said in [
-        (["--segment-hop", "8", "--score-from", str(finished)], "its segment_hop are not"),
+        (["--segment-hop", "8", "--score-from", str(finished)], "differs from this one in segment_hop$"),
         (
             ["--segment-hop", "40", "--data", str(other), "--score-from", str(finished)],
-            "its utterances, audio, labels are",
+            "differs from this one in utterances, audio, labels$",
         ),
         (["--segment-hop", "40", "--score-from", str(tmp_path)], "not a run folder"),
-        (["--segment-hop", "40", "--score-from", str(tmp_path / "leaks.json.xz")], "its experiment are not"),
+        (
+            ["--segment-hop", "40", "--score-from", str(tmp_path / "leaks.json.xz")],
+            "this one in experiment$",
+        ),
         (["--cv", "stratified", "--storage", "float16"], "no single model"),
     ]:
         with pytest.raises(UserError, match=said):
