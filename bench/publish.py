@@ -27,7 +27,7 @@ from npser.packed import SUFFIX, Run, open_run, pack, unpack
 from npser.recipes import ARCHITECTURES, OPTIONS, Recipe, as_settings, recipe_for
 from npser.report import merged
 from npser.runfolder import MAY_CHANGE, RunFolder
-from npser.runreport import class_table, paper_figure, percent, report, summary_of
+from npser.runreport import class_table, ends, paper_figure, percent, report, summary_of
 
 ROOT = Path(__file__).resolve().parent.parent
 README, RUNS, PICTURES = ROOT / "README.md", ROOT / "bench/results/runs", ROOT / "bench/results/pictures"
@@ -227,8 +227,7 @@ def _averaged(published: Published) -> list[str]:
         decided, networks = together
         whole = whole_repeats(results, config["folds"])
         alone, s = summary_of(config, [r for r in results if r.repeat in whole]), summary_of(config, decided)
-        interval = uar_interval(speaker_matrices(decided, config["vote"]))
-        between = f"{percent(interval.low)} to {percent(interval.high)}" if interval else "-"
+        between = ends(uar_interval(speaker_matrices(decided, config["vote"])))
         figures = (alone.average_f1.mean, s.average_f1.mean, alone.uar.pooled, s.uar.pooled)
         what = _what(config) + (", leave one speaker out" if config["cv"] == "speaker" else "")
         rows.append((what, str(networks), *map(percent, figures), between, percent(s.accuracy.pooled)))
@@ -252,8 +251,7 @@ def _speakers(published: Published) -> list[str]:
     rows, pictures = [], []
     for name, (config, results) in _ordinary(published, "speaker").items():
         s = summary_of(config, results)
-        interval = uar_interval(speaker_matrices(results, config["vote"]))
-        between = f"{percent(interval.low)} to {percent(interval.high)}" if interval else "-"
+        between = ends(uar_interval(speaker_matrices(results, config["vote"])))
         figures = (s.uar.pooled, s.average_f1.pooled, s.average_f1.mean, s.accuracy.pooled)
         shown = list(map(percent, figures))
         rows.append((_what(config), _done(config, results), shown[0], between, *shown[1:]))

@@ -11,7 +11,7 @@ from npser.document import Block, Document, Table
 from npser.errors import UserError
 from npser.foldresult import FoldResult
 from npser.metrics import ProtocolSummary
-from npser.runreport import percent, summary_of, what
+from npser.runreport import ends, percent, summary_of, what
 
 Run = tuple[Path, Mapping[str, Any], Sequence[FoldResult]]  # folder, configuration, finished folds
 
@@ -40,8 +40,7 @@ def compare(runs: Sequence[Run]) -> Document:
 def _figures(runs: Sequence[Run], names: Sequence[str], summaries: Sequence[ProtocolSummary]) -> Table:
     rows = []
     for name, (_, config, results), summary in zip(names, runs, summaries, strict=True):
-        interval = uar_interval(speaker_matrices(results, config["vote"]))
-        between = f"{percent(interval.low)} to {percent(interval.high)}" if interval else "-"
+        between = ends(uar_interval(speaker_matrices(results, config["vote"])))
         figures = (summary.average_f1.mean, summary.average_f1.over_folds, summary.uar.pooled)
         rows.append(
             (name, what(config), str(len(results)), *map(percent, figures), between, percent(summary.accuracy.pooled))

@@ -302,7 +302,7 @@ def segments(
         number = 0
         for piece in score(models, blocks, hop):
             if not np.isfinite(piece).all():
-                raise UserError(f"{source.path}: the model's probabilities are not finite: a parameter is too large")
+                raise UserError(f"{source.path}: a model's probabilities are not finite: a parameter is too large")
             for p in piece:
                 start = number * hop * HOP
                 end = start + (models[0].input_frames - 1) * HOP + FRAME

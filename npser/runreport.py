@@ -14,6 +14,7 @@ import numpy as np
 from npser.analysis import (
     RESAMPLES,
     Hard,
+    Interval,
     averaged,
     learning_curves,
     speaker_matrices,
@@ -208,8 +209,8 @@ def _interval(results: Sequence[FoldResult], vote: str) -> list[Block]:
         why = "the speakers are unknown" if "" in matrices else "there is only one speaker"
         return [f"No confidence interval over speakers: {why}."]
     text = (
-        f"Pooled UAR {percent(interval.value)}, 95 % confidence interval {percent(interval.low)} to "
-        f"{percent(interval.high)} (bootstrap over the {interval.speakers} speakers, {RESAMPLES} resamples)."
+        f"Pooled UAR {percent(interval.value)}, 95 % confidence interval {ends(interval)} (bootstrap over the "
+        f"{interval.speakers} speakers, {RESAMPLES} resamples)."
     )
     rows = [
         (speaker, str(matrix.sum()), percent(unweighted_average_recall(matrix)), percent(accuracy(matrix)))
@@ -225,7 +226,7 @@ def _averaged(config: Mapping[str, Any], results: Sequence[FoldResult]) -> list[
     decided, networks = together
     summary = summary_of(config, decided)
     interval = uar_interval(speaker_matrices(decided, config["vote"]))
-    between = f" ({percent(interval.low)} to {percent(interval.high)})" if interval else ""
+    between = f" ({ends(interval)})" if interval else ""
     by = "the mean probabilities" if config["vote"] == "sum" else "the majority"
     return [
         f"Repeats averaged: each utterance decided by {by} of the {networks} networks that were not trained on it, one "
@@ -305,3 +306,8 @@ def _computing(results: Sequence[FoldResult]) -> str:
 def percent(fraction: float | np.float64) -> str:
     """A fraction in per cent with two decimals, as the paper prints it; "-" where undefined."""
     return "-" if math.isnan(fraction) else f"{100 * fraction:.2f}"
+
+
+def ends(interval: Interval | None) -> str:
+    """An interval in per cent; "-" where there is none."""
+    return f"{percent(interval.low)} to {percent(interval.high)}" if interval else "-"
