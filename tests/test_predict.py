@@ -15,7 +15,7 @@ import pytest
 import soundfile
 from conftest import ROOT, run_module
 
-from npser import predict
+from npser import predict, verdicts
 from npser.audio import read_audio
 from npser.errors import UserError
 from npser.features import Standardisation, WindowSet, log_magnitude
@@ -233,10 +233,10 @@ class Terminal(io.StringIO):
 def test_a_terminal_sees_how_far_a_long_recording_is(model, folder, monkeypatch):
     """By a clock that goes on by two seconds whenever somebody looks."""
     times = itertools.count(0, 2)
-    monkeypatch.setattr(predict.time, "monotonic", lambda: float(next(times)))
+    monkeypatch.setattr(verdicts.time, "monotonic", lambda: float(next(times)))
     monkeypatch.setattr(sys, "stderr", Terminal())
     out, path = io.StringIO(), str(folder / "b.flac")
-    predict.label_all([model], [predict.Input("b.flac", path)], 20, predict.JSONLines(LABELS, False, out), False)
+    predict.label_all([model], [predict.Input("b.flac", path)], 20, verdicts.JSONLines(LABELS, False, out), False)
     drawn = sys.stderr.getvalue().split("\r\x1b[K")
     assert drawn[1] == "b.flac  reading, 0:00:02.0"
     assert re.fullmatch(r"b\.flac  0:00:01\.0 of 0:00:02\.0  \d times real time", drawn[2])
