@@ -17,7 +17,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.publish import RUNS, command_of
+from bench.publish import RUNS, beyond_options, command_of
 from npser import train
 from npser.cli import Parser, run
 from npser.document import Table, text_table
@@ -31,9 +31,12 @@ from npser.runreport import percent
 
 
 def draw(files: Sequence[Path], fold: tuple[int, int] | None) -> tuple[PackedRun, FoldResult]:
-    """A run and its fold: one of all that the files hold, each as likely as any other, or the one that is named."""
+    """A run and its fold: one of all that a command can compute, each as likely as any other, or the one named."""
     runs = [packed for packed in map(unpack, files) if not packed.config.get("experiment")]
-    found = [(packed, result) for packed in runs for result in packed.folds]
+    changed = {packed.path: ", ".join(beyond_options(packed.config)) for packed in runs}
+    if len(runs) == 1 and (fields := changed[runs[0].path]):
+        raise UserError(f"{runs[0].path}: was made with another {fields} than its recipe has now: no command makes it")
+    found = [(packed, result) for packed in runs if not changed[packed.path] for result in packed.folds]
     if fold is not None:
         found = [(packed, result) for packed, result in found if (result.repeat, result.fold) == fold]
     if not found:
@@ -92,6 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"    python -m bench.again {shlex.join([str(packed.path), '--fold', fold, *given])}\n")
     one = published.repeat, published.fold
     RunFolder.open_or_create(out, packed.config, (*MAY_CHANGE, "repeats"), one)  # not kept: unlocked
+    if one in RunFolder.open(out).finished():  # it would be shown, and not computed
+        raise UserError(f"--out {out}: fold {fold} was computed there before: name another folder")
     words = shlex.split(command_of(packed.config))[3:]
     words += ["--data", options.data] if options.data else []
     train.main([*words, "--only", fold, "--out", str(out)])

@@ -65,6 +65,11 @@ def off_recipe(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: then[name] for name, value in now.items() if then[name] != value}
 
 
+def beyond_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """In what a run's training differs from its recipe as that is now, and no option of a command can say so."""
+    return {name: value for name, value in off_recipe(config).items() if name in _WITHOUT_OPTION}
+
+
 def _spelt(value: Any) -> str:
     if isinstance(value, list):
         return "+".join(map(str, value)) or "none"
@@ -348,7 +353,7 @@ def _provenance(published: Published) -> list[str]:
 
     rows = []
     for name, (config, results) in published.items():
-        recipe = "".join(f", with {k}={_spelt(v)}" for k, v in off_recipe(config).items() if k in _WITHOUT_OPTION)
+        recipe = "".join(f", with {name}={_spelt(value)}" for name, value in beyond_options(config).items())
         alike: dict[tuple[str, ...], list[FoldResult]] = {}
         for result in results:
             alike.setdefault(origin(result), []).append(result)
@@ -363,7 +368,8 @@ def _provenance(published: Published) -> list[str]:
     experiments = {config.get("experiment") for config, _ in published.values()}
     shared = [" and ".join(names) for names in TRAININGS.values() if len(names) > 1 and experiments & {*names}]
     if shared:
-        parts.append(f"One training each, whose hours stand in every line of it: {'; '.join(shared)}.")
+        shares = f"One training each, whose hours stand in every line of it: {'; '.join(shared)}."
+        parts.append(f"{shares} Those of best-epoch end with that epoch.")
     if "nested" in experiments:
         parts.append("Hours of nested selection are those of the configuration that was chosen, without the choice's.")
     return parts
@@ -399,9 +405,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         source, target = options.unpack
         packed = unpack(source)
         folder = RunFolder.open_or_create(target, packed.config)
-        for result in packed.load_folds():
-            folder.save_fold(result)
-        print(f"{target}: {len(packed.folds)} folds")
+        there = folder.finished()  # they may be the originals, with every digit
+        for result in packed.folds:
+            if (result.repeat, result.fold) not in there:
+                folder.save_fold(result)
+        print(f"{target}: {count(len(folder.finished()), 'folds')}")
         return 0
     for path in publish(options.runs):
         print(path.relative_to(ROOT))

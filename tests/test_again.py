@@ -44,6 +44,8 @@ def test_an_equal_fold(compute, published, tones, tmp_path, capsys):
     assert re.search(r"^probabilities  .*  0 at most$", out, re.MULTILINE)
     folder = RunFolder.open(tmp_path / "runs" / f"again-{published.name.removesuffix(SUFFIX)}")
     assert folder.finished() == [(1, 1)]
+    with pytest.raises(UserError, match=r"fold 1\.1 was computed there before"):
+        compute(published, "--fold", "1.1")
 
 
 def test_one_is_drawn(published):
@@ -80,3 +82,9 @@ def test_what_cannot_be_computed_again(compute, published, tmp_path):
         pack({**packed.config, **changes}, packed.load_folds(), other)
         with pytest.raises(UserError, match=r"floor was 1|no finished fold"):
             compute(other, "--fold", "0.0")
+    before = {**packed.config, "training": {**packed.config["training"], "label_smoothing": 0.3}}
+    pack(before, packed.load_folds(), other)
+    with pytest.raises(UserError, match="made with another label_smoothing than its recipe has now"):
+        compute(other, "--fold", "0.0")
+    drawn = [again.draw([other, published], None)[0].path for _ in range(20)]
+    assert set(drawn) == {published}

@@ -161,6 +161,16 @@ def test_another_machine_goes_on_from_the_packed_run(tmp_path, capsys):
     publish.main(["--unpack", str(tmp_path / "run.json.xz"), str(tmp_path / "run")])
     folder = RunFolder.open_or_create(tmp_path / "run", config())
     assert folder.finished() == [(0, 1)]
+    folder.save_fold(some_fold(0, 1))
+    pack(
+        config(),
+        [replace(some_fold(0, f), run={"machine": "the packed one's"}) for f in (0, 1)],
+        tmp_path / "run.json.xz",
+    )
+    publish.main(["--unpack", str(tmp_path / "run.json.xz"), str(tmp_path / "run")])
+    machines = [result.run["machine"] for result in folder.load_folds()]
+    assert machines == ["the packed one's", "a machine"]  # what was there has more digits
+    assert capsys.readouterr().out.splitlines()[-1] == f"{tmp_path / 'run'}: 2 folds"
 
 
 def test_a_run_of_a_version_that_knew_fewer_fields_goes_on(tmp_path):
@@ -201,7 +211,8 @@ def test_the_tables_hold_every_run():
     assert "cnn-emodb-s0 - lstm-emodb-s0" in text
     assert "python -m npser.train --arch cnn --data emodb --cv speaker --repeats 1" in text
     assert rows["cnn-emodb-s0"][-2:] == ["0.0 to 0.1, 1.0 to 1.1", "2.0 |"]
-    assert text.endswith("best-epoch and windows-scored and few-windows-voted; windows-split and windows-split-voted.")
+    shared = "best-epoch and windows-scored and few-windows-voted; windows-split and windows-split-voted."
+    assert text.endswith(f"{shared} Those of best-epoch end with that epoch.")
 
 
 def test_whole_repeats_are_averaged_in_a_table_of_their_own():
