@@ -96,6 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for given in options.set:
         if "=" not in given:
             raise UserError(f"--set {given}: FIELD=VALUE is wanted")
+        if given.startswith("average_last="):
+            raise UserError(f"--set {given}: every trial has columns for the mean of the last epochs' weights already")
     recipe = changed(RECIPES[options.recipe][options.arch], dict(part.split("=", 1) for part in options.set))
     recipe = replace(recipe, average_last=1)  # the mean weights have columns of their own
     if not options.summary:

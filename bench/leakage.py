@@ -7,7 +7,7 @@ folder under --out, which npser.report reads, too. Run again to go on after an i
 
 import argparse
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from textwrap import fill
@@ -181,13 +181,22 @@ def train_and_look(
     }
 
 
-def derive(folders: dict[str, RunFolder], folds: int, seed: int) -> None:
-    """What other decisions by the same windows make of the folds that are there."""
+def derive(folders: dict[str, RunFolder], folds: int, seed: int, about: dict[str, Any]) -> None:
+    """What other decisions by the same windows make of the folds that are there; `about` is recorded with them."""
     for name, source in (("windows-split-voted", "windows-split"), ("few-windows-voted", "windows-scored")):
         for fold in set(folders[source].finished()) - set(folders[name].finished()):
             windows = folders[source].load_fold(*fold)
             together = voted(windows) if source == "windows-split" else voted_in_parts(windows, folds, seed)
-            folders[name].save_fold(together)
+            folders[name].save_fold(replace(together, run=decided_by(about, windows.run)))
+
+
+def decided_by(about: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of decisions that are made anew; whoever trained is named, too, where it was another program."""
+    from npser.crossval import origin_of
+
+    if origin_of(about) == origin_of(trained):
+        return dict(trained)
+    return {**trained, **about, "also_by": [*trained.get("also_by", []), f"{origin_of(trained)}, which trained"]}
 
 
 def without_augmentation(recipe: Recipe) -> Recipe:
@@ -204,7 +213,7 @@ def _waiting(folds: "Sequence[Fold]", folders: Sequence[RunFolder]) -> "Iterator
 def experiments(options: argparse.Namespace, threads: int) -> list[RunFolder]:
     """Run what is not done yet; returns all run folders, in the order of the table."""
     from npser.corpus import open_corpus
-    from npser.crossval import Settings, make_folds, train_and_test, training_steps
+    from npser.crossval import Settings, make_folds, only, train_and_test, training_steps
     from npser.frontend import read_frames
     from npser.models import input_frames
     from npser.progress import Progress
@@ -222,18 +231,20 @@ def experiments(options: argparse.Namespace, threads: int) -> list[RunFolder]:
         "windows-split": cut(corpus, frames, length, recipe.segment_hop),
     }
     shape = options.folds, options.repeats
+    chosen = {
+        training: only(make_folds(spoken, "stratified", *shape, options.seed), options.only)
+        for training, (spoken, _) in material.items()
+    }
     config = run_config(corpus, settings, options.recipe, "stratified", *shape, "float32", threads)
     about = {name: config[name] for name in ("backend", "threads", "versions")} | {"machine": machine_of(config)}
     folders = {
         name: RunFolder.open_or_create(options.out / name, {**config, "experiment": name}, MAY_CHANGE)
         for name in EXPERIMENTS
     }
-    derive(folders, options.folds, options.seed)
+    derive(folders, options.folds, options.seed, about)
     work = []
-    for training, (spoken, _) in material.items():
-        folds = make_folds(spoken, "stratified", options.folds, options.repeats, options.seed)
-        chosen = [fold for fold in folds if options.only in (None, (fold.repeat, fold.number))]
-        work += [(training, fold) for fold in _waiting(chosen, [folders[name] for name in TRAININGS[training]])]
+    for training, folds in chosen.items():
+        work += [(training, fold) for fold in _waiting(folds, [folders[name] for name in TRAININGS[training]])]
     work.sort(key=lambda item: (item[1].repeat, item[1].number))  # a fold of every experiment before the next fold
     steps = [training_steps(material[t][1], material[t][0].targets, f.train, length, settings) for t, f in work]
     progress = Progress(sum(steps))
@@ -246,7 +257,7 @@ def experiments(options: argparse.Namespace, threads: int) -> list[RunFolder]:
             results = {training: train_and_test(spoken, [heard], fold, settings, progress, None, about)}
         for name, result in results.items():
             folders[name].save_fold(result)
-        derive(folders, options.folds, options.seed)
+        derive(folders, options.folds, options.seed, about)
     return list(folders.values())
 
 

@@ -97,7 +97,7 @@ def development_score(
 def select(options: argparse.Namespace, threads: int) -> RunFolder:
     """Choose, train and test, fold after fold, as far as it is not done yet."""
     from npser.corpus import open_corpus
-    from npser.crossval import Settings, make_folds, train_and_test, training_steps
+    from npser.crossval import Settings, make_folds, only, train_and_test, training_steps
     from npser.folds import development_split
     from npser.frontend import read_versions
     from npser.models import input_frames
@@ -116,9 +116,10 @@ def select(options: argparse.Namespace, threads: int) -> RunFolder:
     about = {name: config[name] for name in ("backend", "threads", "versions")} | {"machine": machine_of(config)}
     config |= {"experiment": "nested", "candidates": [describe(candidate) for candidate in chosen_among]}
     config |= {"changes": options.candidate} if options.candidate else {}
+    if options.frozen:
+        frozen_folds(options.frozen, config)  # said now, not after hours
+    wanted = only(make_folds(corpus, "stratified", *shape, options.seed), options.only)
     folder = RunFolder.open_or_create(options.out, config, MAY_CHANGE)
-    folds = make_folds(corpus, "stratified", options.folds, options.repeats, options.seed)
-    wanted = [fold for fold in folds if options.only in (None, (fold.repeat, fold.number))]
     finished = set(folder.finished())
     waiting = [fold for fold in wanted if (fold.repeat, fold.number) not in finished]
     waiting.sort(key=lambda fold: options.seed == 0 and (fold.repeat, fold.number) in DEVELOPED)
@@ -210,8 +211,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     p.add_argument("--frozen", type=Path, metavar="RUN", help="the run of the frozen settings to stand beside")
     options = p.parse_args(arguments)
-    if options.frozen:
-        open_run(options.frozen)  # said now, not after hours
     threads = set_threads(options.threads, options.backend)
     with computing(options.backend):
         folder = select(options, threads)

@@ -111,8 +111,11 @@ def cross_corpus(train: Corpus, test: Corpus) -> Corpus:
 
 
 def user_cache() -> Path:
-    """The user's cache folder of this program (it need not exist)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "npser"
+    """The user's cache folder of this program (it need not exist). UserError for a user who has no home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "npser"
+    except RuntimeError as error:
+        raise UserError("XDG_CACHE_HOME: not set, and this user has no home: set it to a folder for caches") from error
 
 
 def _find_emodb() -> Path:

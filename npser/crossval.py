@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from npser.augment import AugmentedWindows
 from npser.corpus import Corpus
-from npser.errors import RunFailed
+from npser.errors import RunFailed, UserError
 from npser.features import Standardisation, WindowSet, window_count
 from npser.foldresult import EpochResult, FoldResult, fold_result
 from npser.folds import Indices, speaker_folds, split_test, stratified_folds
@@ -67,6 +67,17 @@ def make_folds(corpus: Corpus, cv: str, folds: int, repeats: int, seed: int) -> 
         everything = np.arange(len(corpus.utterances))
         made += [Fold(repeat, f, np.setdiff1d(everything, test), test) for f, test in enumerate(tests)]
     return made
+
+
+def only(folds: Sequence[Fold], wanted: tuple[int, int] | None) -> list[Fold]:
+    """The fold (repeat, number) that --only names, or all of them. UserError where there is none such."""
+    chosen = [fold for fold in folds if wanted in (None, (fold.repeat, fold.number))]
+    if wanted and not chosen:
+        last = folds[-1]
+        raise UserError(
+            f"--only {wanted[0]}.{wanted[1]}: there are repeats 0 to {last.repeat} and folds 0 to {last.number}"
+        )
+    return chosen
 
 
 def training_steps(frames: Frames, targets: NDArray[np.int64], train: Indices, length: int, settings: Settings) -> int:

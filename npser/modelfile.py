@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npser import features
+from npser.cli import count
 from npser.errors import UserError
 from npser.features import Standardisation
 from npser.files import replacing
@@ -187,8 +188,11 @@ def _scale(archive: zipfile.ZipFile, bins: int) -> Standardisation:
     return Standardisation(mean, deviation)
 
 
-def score_of(summary: Mapping[str, float] | None) -> str:
-    """The cross-validation score of a model in words, for people."""
+def score_of(summary: Mapping[str, Any] | None) -> str:
+    """The measured score of a model's settings in words, for people."""
     if not summary:
         return "no cross-validation score"
-    return f"UAR {100 * summary['uar']:.2f} % in cross-validation ({summary['folds']} folds)"
+    on = f"in cross-validation ({count(summary['folds'], 'folds')})"
+    if summary.get("cv") == "split":
+        on = "on a given test set"
+    return f"UAR {100 * summary['uar']:.2f} % {on}"

@@ -3,6 +3,7 @@
 python -m npser.report FOLDER...
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -47,9 +48,11 @@ def find_listeners(named: Path | None) -> dict[str, float]:
     if named:
         return listeners(named)
     data = os.environ.get("NPSER_DATA")
-    for folder in ([Path(data) / "emodb"] if data else []) + [user_cache() / "emodb"]:
-        if (folder / "erkennung.txt").is_file():
-            return listeners(folder / "erkennung.txt")
+    if data and (beside := Path(data) / "emodb" / "erkennung.txt").is_file():
+        return listeners(beside)
+    with contextlib.suppress(UserError):  # of a user without a home
+        if (beside := user_cache() / "emodb" / "erkennung.txt").is_file():
+            return listeners(beside)
     return {}
 
 

@@ -112,7 +112,7 @@ def _warn_of_compilation(backend: str, progress: "Progress") -> None:
 
 
 def _cross_validate(options: argparse.Namespace, corpus: "Corpus", config: dict[str, Any]) -> int:
-    from npser.crossval import make_folds, run_fold, training_steps
+    from npser.crossval import make_folds, only, run_fold, training_steps
     from npser.frontend import read_versions
     from npser.models import input_frames
     from npser.progress import Progress
@@ -120,12 +120,7 @@ def _cross_validate(options: argparse.Namespace, corpus: "Corpus", config: dict[
     from npser.runreport import render_text
 
     folds = make_folds(corpus, config["cv"], config["folds"], config["repeats"], config["seed"])
-    chosen = [fold for fold in folds if options.only in (None, (fold.repeat, fold.number))]
-    if not chosen:
-        raise UserError(
-            f"--only {options.only[0]}.{options.only[1]}: there are repeats 0 to {config['repeats'] - 1} "
-            f"and folds 0 to {config['folds'] - 1}"
-        )
+    chosen = only(folds, options.only)
     folder = _open_folder(options, config)
     settings = settings_of(config)
     spoken = read_versions(corpus, config["backend"], config["threads"], settings.recipe.speeds)
@@ -146,7 +141,7 @@ def _cross_validate(options: argparse.Namespace, corpus: "Corpus", config: dict[
     about = {key: config[key] for key in ("backend", "precision", "threads", "vote", "versions")}
     about["machine"] = machine_of(config)
     if waiting and (options.dask or (options.workers > 1 and len(waiting) > 1)):
-        _in_processes(options, folder, waiting, about | {"workers": options.dask or options.workers})
+        _in_processes(options, folder, waiting, about | {"workers": options.workers})
     else:
         about["threads"] = set_threads(config["threads"] * options.workers, config["backend"])  # nobody to share with
         for fold in waiting:
@@ -261,7 +256,7 @@ def _fit_everything(options: argparse.Namespace, corpus: "Corpus", config: dict[
         training["also_by"] = checkpoint.also_by
     model.labels, model.training = corpus.labels, training
     model.cross_validation = score
-    sweep(path.resolve().parent, re.compile(re.escape(path.resolve().name)))
+    sweep(path.resolve().parent, re.compile(re.escape(path.resolve().name)), older_than=3600)  # another may write its
     try:
         model.save(path, options.storage)
     except OSError as error:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any
@@ -287,7 +287,7 @@ def run_on_dask(jobs: Iterable[Job], folder: "RunFolder", address: str) -> None:
             raise UserError(f"--dask {address}: workers must compute one fold at a time: start them with --nthreads 1")
         if bare := [worker for worker, found in client.run(finds_npser).items() if not found]:
             raise UserError(f"--dask {address}: the worker {bare[0]} has no npser: install it there")
-        jobs = list(jobs)
+        jobs = [replace(job, about={**job.about, "workers": len(threads)}) for job in jobs]
         _announce(len(jobs), len(threads), address)
         deserted = False
 

@@ -7,13 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+# Before NumPy's BLAS starts its threads: they would spin on the cores that Numba's need.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import hypothesis
 import numpy as np
 import pytest
 import soundfile
-
-# Before NumPy's BLAS starts its threads: they would spin on the cores that Numba's need.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # The same examples everywhere, and no failure because a machine is busy.
 hypothesis.settings.register_profile("npser", deadline=None, derandomize=True)

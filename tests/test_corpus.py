@@ -16,6 +16,7 @@ from conftest import ROOT
 from npser.audio import AUDIO_SUFFIXES, SAMPLE_RATE, read_audio
 from npser.corpus import PAPER_LABELS, cross_corpus, open_corpus
 from npser.errors import UserError
+from npser.report import find_listeners
 
 
 def tone(seconds=1.0, rate=SAMPLE_RATE, frequency=440.0):
@@ -499,6 +500,18 @@ def test_cache_is_below_home_by_default(place, tmp_path, monkeypatch):
     for name in ("03a01Wa.wav", "03a01Na.wav"):
         place(f".cache/npser/emodb/wav/{name}")
     assert len(open_corpus("emodb").utterances) == 2
+
+
+def test_who_has_no_home_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("NPSER_DATA", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # where nobody is found
+    with pytest.raises(UserError, match="XDG_CACHE_HOME: not set, and this user has no home"):
+        open_corpus("emodb")
+    assert find_listeners(None) == {}
+    (tmp_path / "emodb").mkdir()
+    (tmp_path / "emodb" / "erkennung.txt").write_text("Nr.\tSatz\terkannt\n1\t03a01Fa.wav\t90,00\n")
+    assert find_listeners(None) == {"03a01Fa.wav": 0.9}
 
 
 @pytest.mark.skipif(

@@ -10,6 +10,7 @@ from bench import leakage
 from npser import train
 from npser.corpus import open_corpus
 from npser.crossval import make_folds
+from npser.errors import UserError
 from npser.foldresult import fold_result
 from npser.frontend import read_frames
 from npser.metrics import average_f1
@@ -85,6 +86,24 @@ def test_every_part_of_an_utterances_windows_decides_alone(finished):
     assert leakage.voted_in_parts(single, 3, seed=1).utterances != parts.utterances
     scored, few = (RunFolder.open(finished / name).load_fold(0, 0) for name in ("windows-scored", "few-windows-voted"))
     assert few.utterances == leakage.voted_in_parts(scored, 2, seed=0).utterances
+
+
+def test_whoever_decides_anew_is_recorded_and_whoever_trained_too(finished, tmp_path):
+    folders = {n: RunFolder.open(finished / n) for n in ("windows-split", "windows-scored")}
+    for name in ("windows-split-voted", "few-windows-voted"):
+        folders[name] = RunFolder.open_or_create(tmp_path / name, folders["windows-split"].config)
+    trained = folders["windows-scored"].load_fold(0, 0).run
+    leakage.derive(folders, 2, 0, {"versions": {"commit": "another"}, "machine": "elsewhere"})
+    told = folders["few-windows-voted"].load_fold(0, 0).run
+    assert (told["versions"], told["machine"]) == ({"commit": "another"}, "elsewhere")
+    assert told["also_by"] == [f"{trained['versions']['commit']} on {trained['machine']}, which trained"]
+    assert leakage.decided_by(trained, trained) == trained
+
+
+def test_a_fold_that_is_not_there_is_refused(tones, tmp_path):
+    with pytest.raises(UserError, match=r"--only 1\.0: there are repeats 0 to 0 and folds 0 to 1"):
+        leakage.main(["--arch", "lstm", "--data", str(tones), *SHORT, "--only", "1.0", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_honest_experiment_is_what_the_ordinary_command_does(finished, tones, tmp_path):

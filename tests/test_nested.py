@@ -43,6 +43,18 @@ def test_a_frozen_run_that_is_not_there_is_missed_before_anything_is_computed(to
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [(("--seed", "5"), "--frozen .*: another experiment.* in seed"), (("--only", "1.0"), "--only 1.0: ")],
+)
+def test_what_cannot_be_is_said_before_anything_is_computed(wrong, said, tones, frozen, tmp_path):
+    with pytest.raises(UserError, match=said):
+        nested.main(
+            [*SHORT, *CHOICE, "--data", str(tones), "--out", str(tmp_path / "out"), "--frozen", str(frozen), *wrong]
+        )
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("winner", [0, 1, 2])
 def test_whichever_wins_is_what_is_trained(winner, tones, tmp_path, monkeypatch, frozen):
     scores = iter([float(n == winner) for n in range(3)])

@@ -20,6 +20,7 @@ from npser import train, trainer
 from npser.errors import RunFailed, UserError
 from npser.features import FRAME, HOP
 from npser.foldresult import fold_result
+from npser.modelfile import score_of
 from npser.models import load_model
 from npser.optim import SGD
 from npser.packed import pack
@@ -455,6 +456,8 @@ def test_model_with_the_score_of_its_cross_validation_stored_as_float16(finished
     assert model.cross_validation["folds"] == 2
     assert model.cross_validation["uar"] == pytest.approx(np.mean(np.diagonal(matrix) / matrix.sum(axis=1)))
     assert model.training["corpus"] in result.stdout
+    assert re.search(r"carries the score of .*: UAR \d+\.\d\d % in cross-validation \(2 folds\)\n", result.stdout)
+    assert score_of({**model.cross_validation, "cv": "split"}).endswith(" % on a given test set")
     folder = RunFolder.open(finished)
     pack(folder.config, folder.load_folds(), tmp_path / "run.json.xz")
     packed = train._measured_score(tmp_path / "run.json.xz", dict(folder.config))

@@ -318,6 +318,7 @@ def test_dask_with_a_worker_killed_half_way_gives_what_one_process_gives(cluster
     assert victim.wait() == -signal.SIGKILL
     assert len(numbers(tmp_path / "two")) == 3
     assert numbers(tmp_path / "one") == numbers(tmp_path / "two")
+    assert json.loads((tmp_path / "two" / "folds" / "r0f0.json").read_text())["run"]["workers"] == 2
 
 
 def test_a_cluster_that_has_lost_its_workers_is_named_and_the_next_one_goes_on(cluster, tones, tmp_path):
