@@ -5,6 +5,7 @@ statistics of the training data are part of it. Layers are translated one by one
 """
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def build(graph: Graph, model: Model) -> Any:
     x = graph.node("Div", x, graph.constant("deviation", scale.deviation))
     if model.arch == "cnn":
         x = _convolutions(graph, params, graph.reshape(x, -1, 1, bins, bins))  # (B, 1, T, F)
-        x = graph.node("Relu", _dense(graph, params, "dense1", x))
+        x = graph.node("Relu", _dense(graph, params, "dense1", x, model.settings["filters"]))
     elif model.arch == "lstm":
         x = graph.node("Transpose", x, perm=[1, 0, 2])  # (T, B, F)
         for name in ("lstm1", "lstm2", "lstm3"):
@@ -65,8 +66,8 @@ def build(graph: Graph, model: Model) -> Any:
         x = _last(graph, x)
     else:
         x = _time_distributed(graph, params, x, bins)
-        for name in ("lstm1", "lstm2"):
-            x = _lstm(graph, params, name, x)
+        x = _lstm(graph, params, "lstm1", x, model.settings["filters"])
+        x = _lstm(graph, params, "lstm2", x)
         x = _last(graph, x)
     p = graph.node("Softmax", _dense(graph, params, "out", x), axis=1)
     graph.node("Identity", p)
@@ -91,13 +92,19 @@ def build(graph: Graph, model: Model) -> Any:
 
 
 def _convolutions(graph: Graph, params: dict[str, Any], x: str) -> str:
-    """(N, 1, T, F) -> (N, T/4 * F/4 * C): ONNX images have their channels first, ours, and the flat order, last."""
+    """(N, 1, T, F) -> (N, C * T/4 * F/4): ONNX images have their channels first. See `channels_first`."""
     for name in ("conv1", "conv2"):
         w = graph.constant(f"{name}.w", params[f"{name}.w"].transpose(3, 2, 0, 1))
         b = graph.constant(f"{name}.b", params[f"{name}.b"])
         x = graph.node("Conv", x, w, b, kernel_shape=[3, 3], pads=[1, 1, 1, 1])
         x = graph.node("MaxPool", graph.node("Relu", x), kernel_shape=[2, 2], strides=[2, 2])
-    return graph.node("Flatten", graph.node("Transpose", x, perm=[0, 2, 3, 1]), axis=1)
+    return graph.node("Flatten", x, axis=1)
+
+
+def channels_first(w: NDArray[Any], filters: int) -> NDArray[Any]:
+    """The weights (T*F*C, J) of what follows the convolutions, their rows in the order C, T, F. T = F, C = filters."""
+    side = math.isqrt(len(w) // filters)
+    return w.reshape(side, side, filters, -1).transpose(2, 0, 1, 3).reshape(w.shape)
 
 
 def _time_distributed(graph: Graph, params: dict[str, Any], x: str, bins: int) -> str:
@@ -115,13 +122,18 @@ def _time_distributed(graph: Graph, params: dict[str, Any], x: str, bins: int) -
     return graph.reshape(x, WINDOWS, -1, params["lstm1.wx"].shape[0])
 
 
-def _dense(graph: Graph, params: dict[str, Any], name: str, x: str) -> str:
-    w = graph.constant(f"{name}.w", params[f"{name}.w"])
-    return graph.node("Gemm", x, w, graph.constant(f"{name}.b", params[f"{name}.b"]))
+def _dense(graph: Graph, params: dict[str, Any], name: str, x: str, filters: int = 0) -> str:
+    """(B, I) -> (B, J); filters: of the convolutions before it, if there are any."""
+    w = params[f"{name}.w"]
+    weights = graph.constant(f"{name}.w", channels_first(w, filters) if filters else w)
+    return graph.node("Gemm", x, weights, graph.constant(f"{name}.b", params[f"{name}.b"]))
 
 
-def _lstm(graph: Graph, params: dict[str, Any], name: str, x: str) -> str:
-    """(T, B, I) -> (T, B, H). ONNX orders the gates input, output, forget, cell; ours: input, forget, cell, output."""
+def _lstm(graph: Graph, params: dict[str, Any], name: str, x: str, filters: int = 0) -> str:
+    """(T, B, I) -> (T, B, H); filters: see `_dense`.
+
+    ONNX orders the gates input, output, forget, cell; ours: input, forget, cell, output.
+    """
 
     def gates(value: NDArray[Any]) -> NDArray[Any]:
         i, f, c, o = np.split(value, 4, axis=-1)
@@ -130,7 +142,7 @@ def _lstm(graph: Graph, params: dict[str, Any], name: str, x: str) -> str:
     wx, wh, b = (gates(params[f"{name}.{part}"]) for part in ("wx", "wh", "b"))
     hidden = wh.shape[0]
     weights = (
-        graph.constant(f"{name}.wx", wx.T[None]),
+        graph.constant(f"{name}.wx", (channels_first(wx, filters) if filters else wx).T[None]),
         graph.constant(f"{name}.wh", wh.T[None]),
         graph.constant(f"{name}.b", np.concatenate([b, np.zeros_like(b)])[None]),
     )

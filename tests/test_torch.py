@@ -40,7 +40,7 @@ def test_logits_gradients_and_ten_steps(arch):
     model, twin = build_model(arch, backend="cpu", seed=3, dropout=0.0), Twin(arch)
     pairs = twin.pairs()
     assert pairs.keys() == model.params.keys()
-    assert sum(parameter.numel() for parameter, _ in pairs.values()) == parameter_count(arch)
+    assert sum(parameter.numel() for parameter, *_ in pairs.values()) == parameter_count(arch)
     twin.set_params(model.params)
 
     rng = np.random.default_rng(4)
@@ -57,13 +57,13 @@ def test_logits_gradients_and_ten_steps(arch):
     torch_loss = torch.nn.functional.cross_entropy(logits, torch_y)
     torch_loss.backward()
     assert loss == pytest.approx(torch_loss.item(), rel=TOLERANCE)
-    for name, (parameter, axes) in pairs.items():
-        assert_close(gradients[name], in_our_order(parameter.grad, axes), f"gradient of {name}")
+    for name, (parameter, *order) in pairs.items():
+        assert_close(gradients[name], in_our_order(parameter.grad, *order), f"gradient of {name}")
     del gradients, logits, torch_loss
 
     # torch: buf = m buf + g, w -= lr buf; ours: v = m v - lr g, w += v. At a constant lr, v is -lr buf.
     sgd = SGD(LR, MOMENTUM, decay=0.0)
-    torch_sgd = torch.optim.SGD([parameter for parameter, _ in pairs.values()], lr=LR, momentum=MOMENTUM)
+    torch_sgd = torch.optim.SGD([parameter for parameter, *_ in pairs.values()], lr=LR, momentum=MOMENTUM)
     losses, torch_losses = [], []
     for _ in range(STEPS):
         losses.append(model.train_step(x, y, sgd))

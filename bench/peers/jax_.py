@@ -253,7 +253,8 @@ class Training:
     def __init__(self, params: Inputs, s: Sizes, rate: float) -> None:
         arch, bins = s["arch"], s["model"].get("bins", 128)
 
-        def step(p: Any, v: Any, x: Any, y: Any, lr: Any, key: Any) -> Any:
+        def step(p: Any, v: Any, x: Any, y: Any, lr: Any, first: Any, updates: Any) -> Any:
+            key = jax.random.fold_in(first, updates)
             loss, dp = jax.value_and_grad(lambda p: cross_entropy_of(logits(p, x, arch, bins, rate, key), y))(p)
             both = {name: updated(p[name], v[name], dp[name], lr) for name in p}
             return {name: w for name, (w, _) in both.items()}, {name: v for name, (_, v) in both.items()}, loss
@@ -264,9 +265,8 @@ class Training:
         self.key, self.updates = _key(), 0
 
     def run(self, x: Any, y: Any, lr: float, decay: float) -> Any:
-        key = jax.random.fold_in(self.key, self.updates)
         rate = lr / (1 + decay * self.updates)
-        self.p, self.v, loss = ready(self.step(self.p, self.v, x, y, rate, key))
+        self.p, self.v, loss = ready(self.step(self.p, self.v, x, y, rate, self.key, self.updates))
         self.updates += 1
         return float(loss) if _waits else loss
 

@@ -16,6 +16,7 @@ from bench.peers.ours import same
 from bench.peers.scoring import label_with
 from bench.workloads import window_shape
 from kernels.reference import Array
+from npser.export import channels_first
 
 OPSET = 17
 
@@ -117,20 +118,22 @@ def _network(a: Inputs, s: Sizes, x: Array) -> Callable[[Array], Any]:
     bins = window_shape(s)[1]
 
     def images(name: str, count: int) -> str:
-        """(count, bins, bins) -> (count, features) in the order time, frequency, channel."""
+        """(count, bins, bins) -> (count, features) in the order channel, time, frequency."""
         name = g.node("Unsqueeze", name, g.constant(np.array([1])))
         for conv in ("conv1", "conv2"):
             name = g.block(name, a[f"{conv}.w"], a[f"{conv}.b"])
-        return g.node("Reshape", g.node("Transpose", name, perm=[0, 2, 3, 1]), g.constant(np.array([count, -1])))
+        return g.node("Reshape", name, g.constant(np.array([count, -1])))
 
     if arch == "cnn":
-        last = g.node("Relu", g.dense(images("x", B), a["dense1.w"], a["dense1.b"]))
+        w = channels_first(a["dense1.w"], a["conv2.b"].size)
+        last = g.node("Relu", g.dense(images("x", B), w, a["dense1.b"]))
     else:
         if arch == "tdcnn":  # the windows of all samples, first windows first: as an LSTM wants them
             ends = [(WINDOW_HOP * i, WINDOW_HOP * i + bins) for i in range(WINDOWS)]
             cut = [g.node("Slice", "x", *(g.constant(np.array([n])) for n in (*ends[i], 1))) for i in range(WINDOWS)]
             features = images(g.node("Concat", *cut, axis=0), B * WINDOWS)
             h = g.node("Reshape", features, g.constant(np.array([WINDOWS, B, -1])))
+            a = {**a, "lstm1.wx": channels_first(a["lstm1.wx"], a["conv2.b"].size)}
         else:
             h = g.node("Transpose", "x", perm=[1, 0, 2])
         for n in (1, 2, 3):

@@ -179,7 +179,6 @@ def relu(a: Inputs, s: Sizes, variant: str) -> Prepared:
     )
 
 
-@torch.no_grad()
 def dense_forward(a: Inputs, s: Sizes, variant: str) -> Prepared:
     x, w, b = there(a["x"]), there(a["w"]).T.contiguous(), there(a["b"])
     return unchanged(lambda: F.linear(x, w, b), "y")
@@ -293,11 +292,12 @@ def stft(a: Inputs, s: Sizes, variant: str) -> Prepared:
 
 
 def _twin(s: Sizes, variant: str, rate: float, weights: Inputs | None) -> Any:
-    twin = Twin(s["arch"], dropout=rate, **s["model"])
+    last = "nhwc" in variant
+    twin = Twin(s["arch"], dropout=rate, channels_last=last, **s["model"])
     if weights is not None:
         twin.set_params(weights)
     twin = there(twin)
-    return twin.to(memory_format=torch.channels_last) if "nhwc" in variant else twin
+    return twin.to(memory_format=torch.channels_last) if last else twin
 
 
 def _training_step(twin: Any, x: Array, y: Array, variant: str, lr: float, decay: float) -> Callable[[], Any]:
@@ -349,8 +349,9 @@ def _scorer(a: Inputs, s: Sizes, variant: str) -> Callable[[Array], Array]:
 
 
 def infer(a: Inputs, s: Sizes, variant: str) -> Prepared:
-    score, x = _scorer(a, s, variant), np.ascontiguousarray(a["x"])
+    x = np.ascontiguousarray(a["x"])
     if _device == "cpu":
+        score = _scorer(a, s, variant)
         return same(lambda: score(x), "p")
     network, windows = maybe_compiled(_twin(s, variant, DROPOUT, a).eval(), variant), there(x)
 
