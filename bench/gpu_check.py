@@ -118,7 +118,7 @@ def check_operations(precision: str) -> Results:
     import numpy as np
 
     import kernels
-    from kernels import reference
+    from kernels import host, reference
     from kernels.cuda import arrays
 
     k = kernels.rung("cuda")
@@ -133,14 +133,22 @@ def check_operations(precision: str) -> Results:
         return value.astype(np.float64) if isinstance(value, np.ndarray) and value.dtype == np.float32 else value
 
     def compare(title: str, name: str, *operands: Any, **options: Any) -> list[Any]:
-        """Returns the device's results as NumPy arrays."""
+        """An operation, or what only moves numbers (`kernels.host`). Returns the device's results as NumPy arrays."""
         there = [arrays.asarray(value) if isinstance(value, np.ndarray) else value for value in operands]
-        got = getattr(k, name)(*there, **options)
-        truth = getattr(reference, name)(*map(wide, operands), **options)
+        ours, theirs = (k, reference) if hasattr(reference, name) else (arrays, host)
+        got = getattr(ours, name)(*there, **options)
+        truth = getattr(theirs, name)(*map(wide, operands), **options)
         pairs = list(zip(_listed(got), _listed(truth), strict=True))
-        ours = [None if g is None else arrays.asnumpy(g) for g, _ in pairs]
-        judge(f"{name} {title}", [(v, true) for v, (_, true) in zip(ours, pairs, strict=True) if v is not None])
-        return ours
+        found = [None if g is None else arrays.asnumpy(g) for g, _ in pairs]
+        judge(f"{name} {title}", [(v, true) for v, (_, true) in zip(found, pairs, strict=True) if v is not None])
+        return found
+
+    def change(title: str, name: str, operands: Sequence[Any], changed: int, *options: float) -> None:
+        """An operation that changes so many of its operands, the last ones."""
+        there, true = [arrays.asarray(value) for value in operands], [wide(value) for value in operands]
+        getattr(k, name)(*there, *options)
+        getattr(reference, name)(*true, *options)
+        judge(f"{name} {title}", list(zip(map(arrays.asnumpy, there[-changed:]), true[-changed:], strict=True)))
 
     def judge(name: str, pairs: Sequence[tuple[Any, Any]]) -> None:
         """Record the largest error of (result, truth); what is not finite is infinitely wrong."""
@@ -148,7 +156,7 @@ def check_operations(precision: str) -> Results:
         for value, true in pairs:
             if value.dtype == np.uint8:  # places of maxima: two nearly equal ones may change places
                 errors.append(float(np.mean(value != true)))
-            elif not np.isfinite(value).all():
+            elif not (np.isfinite(value).all() and np.isfinite(true).all()):
                 errors.append(np.inf)
             else:
                 errors.append(float(np.abs(value - true).max() / max(1e-30, np.abs(true).max())))
@@ -161,11 +169,7 @@ def check_operations(precision: str) -> Results:
         compare(title, "dense_backward_input", dy, w)
         compare(title, "dense_backward_weights", x, dy)
         compare(title, "dense_backward_bias", dy)
-        v = numbers(I, J)
-        ours, true = [arrays.asarray(w), arrays.asarray(v)], [wide(w), wide(v)]
-        k.dense_update_weights(arrays.asarray(x), arrays.asarray(dy), ours[0], ours[1], 0.01, 0.8)
-        reference.dense_update_weights(wide(x), wide(dy), true[0], true[1], 0.01, 0.8)
-        judge(f"dense_update_weights {title}", list(zip(map(arrays.asnumpy, ours), true, strict=True)))
+        change(title, "dense_update_weights", (x, dy, w, numbers(I, J)), 2, 0.01, 0.8)
     for title, (B, T, H) in LSTMS.items():
         z, wh, dh = numbers(B, T, 4 * H), numbers(H, 4 * H) / np.float32(H**0.5), numbers(B, T, H)
         _, c, gates = compare(title, "lstm_forward", z, wh)
@@ -177,6 +181,10 @@ def check_operations(precision: str) -> Results:
         x, w, b = numbers(B, T, F, C), numbers(3, 3, C, O), numbers(O)
         y, argmax = compare(title, "conv_relu_pool_forward", x, w, b)
         compare(title, "conv_relu_pool_backward", numbers(*y.shape), argmax, x, w)
+        compare(title, "relu_backward", numbers(*y.shape), *compare(title, "relu_forward", numbers(*y.shape)))
+        y, argmax = compare(title, "maxpool2x2_forward", x)
+        compare(title, "maxpool2x2_backward", numbers(*y.shape), argmax, x_shape=x.shape)
+        change(title, "sgd_update", (w, numbers(*w.shape), numbers(*w.shape)), 3, 0.01, 0.8)
     B, T, F, C, O = ALONE
     x, w = numbers(B, T, F, C), numbers(3, 3, C, O)
     compare("alone", "conv3x3_forward", x, w, numbers(O))
@@ -188,6 +196,27 @@ def check_operations(precision: str) -> Results:
     compare("of 7 classes", "cross_entropy_backward", p, targets)
     compare("of 7 classes, smoothed", "cross_entropy_forward", logits, targets, smoothing=0.1)
     compare("of 7 classes, smoothed", "cross_entropy_backward", p, targets, smoothing=0.1)
+    tally, true = arrays.Tally(), host.Tally()
+    for loss in (0.5, 0.25):
+        tally.add(arrays.asarray(np.array(loss, np.float32)), arrays.asarray(p), arrays.asarray(targets))
+        true.add(loss, p, targets)
+    judge("Tally", [(np.array(tally.read()), np.array(true.read()))])
+    B, T, F = BLOCKS["block 1"][:3]
+    x, place = numbers(B, T, F), np.arange(4 * B).reshape(B, 4) // 2
+    compare("of block 1", "zeros_like", x)
+    compare("of block 1", "step_before", x)
+    compare("of block 1", "last_step_forward", x)
+    compare("of block 1", "last_step_backward", numbers(B, F), T)
+    compare("of block 1", "windows_forward", x, frames=T - 2, hop=1, count=3)
+    compare("of block 1", "windows_backward", numbers(B, 3, T - 2, F), total=T, hop=1)
+    compare("of block 1", "take_windows", numbers(T + B, F), np.arange(B)[::-1].copy(), length=T)
+    compare("of block 1", "take_rows", numbers(2 * B, F), place)
+    compare("of block 1", "add_rows", numbers(4 * B, F), place, count=2 * B)
+    for longest in (0.5, 1e9):  # shorter than the gradients, and longer
+        gradients = [x, x[0]]
+        ours = arrays.shortened([arrays.asarray(dw) for dw in gradients], longest)
+        theirs = host.shortened([wide(dw) for dw in gradients], longest)
+        judge(f"shortened to {longest:g}", list(zip(map(arrays.asnumpy, ours), theirs, strict=True)))
     return results
 
 

@@ -219,15 +219,16 @@ class Race:
         order = {"kind": workload.kind, "sizes": workload.sizes, "reference": str(reference)}
         try:
             self.worker(REFERENCE.name).ask("prepare", **order)
+            self.worker(REFERENCE.name).ask("rest")
         except Failed as failure:
             row.troubles[REFERENCE.name] = str(failure)
             self._forget(REFERENCE.name)
             return row
-        needed = 0.0  # bytes that a candidate of this row may take, judged by those before it
+        needed = 0.0  # bytes that a candidate of this row may hold, judged by those before it
         for candidate in self.candidates:
             name = candidate.name
             try:
-                if needed > available_memory():
+                if needed - self._held(name) > available_memory():
                     raise Failed("left out: an earlier candidate took more memory than is free now")
                 reply = self.worker(name).ask("prepare", **order)
                 if not reply.get("offered", True):
@@ -237,7 +238,7 @@ class Race:
                     row.wrong.append(name)
                     raise Failed(f"wrong: {reply['where']} differs from the reference by {reply['error']:.2g}")
                 self.worker(name).ask("begin")
-                needed = max(needed, 1.5 * held_memory(self.worker(name).process.pid))  # a check takes more
+                needed = max(needed, 1.5 * self._held(name))  # a check takes more
                 row.times[name] = []
             except Failed as failure:
                 row.troubles[name] = str(failure)
@@ -265,6 +266,10 @@ class Race:
         times = interleave(names, turn, least, MOST_ROUNDS, self.pace.row)
         return {name: values for name, values in times.items() if name not in row.troubles}
 
+    def _held(self, name: str) -> int:
+        """Bytes that a candidate's process holds now."""
+        return held_memory(self.workers[name].process.pid) if name in self.workers else 0
+
     def _forget(self, name: str) -> None:
         """End a candidate that failed: its process may hold memory, or be in any state. The next row starts another."""
         if name in self.workers:
@@ -289,7 +294,7 @@ def available_memory() -> float:
 
 
 def peak_memory(candidate: Candidate, workload: Workload, threads: int) -> int:
-    """Bytes that a fresh process takes at most for a few training steps (`begin` runs two, a run another)."""
+    """Bytes that a fresh process takes at most for four training steps (`begin` runs two, a run as many)."""
     worker = Worker(candidate.name, threads, own_allocator=True)
     try:
         if not worker.ask("prepare", kind="memory", sizes=workload.sizes, reference=None).get("offered", True):

@@ -288,12 +288,13 @@ def sampled(outputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
 def difference(got: Mapping[str, NDArray[Any]], expected: Mapping[str, NDArray[Any]]) -> tuple[float, str]:
     """The largest difference, relative to the largest entry of the expected output, and that output's name.
 
-    Both as `sampled` gives them. Infinite where an output is missing, has another shape or is not finite.
+    Both as `sampled` gives them. Infinite where an output is missing, has another shape or is not finite, or where
+    what is expected is not.
     """
     worst, where = 0.0, ""
     for name, value in expected.items():
         mine = got.get(name)
-        if mine is None or mine.shape != value.shape or not np.isfinite(mine).all():
+        if mine is None or mine.shape != value.shape or not (np.isfinite(mine).all() and np.isfinite(value).all()):
             return float("inf"), name
         largest = float(np.abs(value).max(initial=0)) or 1.0
         error = float(np.abs(mine.astype(np.float64) - value).max(initial=0)) / largest

@@ -212,6 +212,7 @@ def test_missing_and_misshapen_outputs_are_wrong():
     expected = workloads.sampled({"a": x})
     assert workloads.difference(workloads.sampled({"a": x}), expected)[0] == 0
     assert workloads.difference({}, expected) == (math.inf, "a")
+    assert workloads.difference(workloads.sampled({"a": x}), expected | {"a": np.nan * expected["a"]})[0] == math.inf
     assert workloads.difference(workloads.sampled({"a": x[:2]}), expected)[0] == math.inf
     assert workloads.difference(workloads.sampled({"a": x.T}), expected)[0] > 0
 
