@@ -19,8 +19,8 @@ from operands import Numbers, call, calls, calls_from_lists
 
 import kernels
 from kernels import cpu
+from kernels.cpu import lstm, sparse, tools
 from kernels.cpu import matmul as matmul_module
-from kernels.cpu import sparse, tools
 
 
 class Guarded:
@@ -78,7 +78,8 @@ class Guarded:
         return x if x.flags.c_contiguous else self.copy(np.ascontiguousarray(x))
 
 
-GUARD_SIZES = [{}, {"C": 3, "O": 32, "B": 3}, {"C": 32, "O": 32, "B": 2}, {"C": 1, "O": 7, "B": 17}]
+GUARD_SIZES = [{}, {"C": 3, "O": 32, "B": 3}, {"C": 32, "O": 32, "B": 2}, {"C": 1, "O": 7, "B": 17, "H": lstm.WIDE}]
+FEW_ROWS = [*((M, 1024, 272) for M in (1, 2, 3)), (8, 64, 4 * matmul_module.FEW_CHUNK + 16)]  # (M, K) times (K, N)
 UNGUARDED = {"simd", "stft"}  # the language itself; no vector kernels
 # Every module of the rung, the ones to come too; what is guarded in them are the operations that `calls` names.
 GUARDED_MODULES = [
@@ -95,7 +96,11 @@ def guarded_run(side):
     agreed = 0
     todo = [(cpu, name, *rest) for sizes in GUARD_SIZES for name, rest in calls(**sizes).items()]
     todo += [(sparse, name, *rest) for name, rest in calls_from_lists().items()]
-    todo.append((matmul_module, "matmul", {"a": Numbers(1)(3, 1024), "b": Numbers(2)(1024, 272)}, {}))  # of few rows
+    for M, K, N in FEW_ROWS:
+        todo.append((matmul_module, "matmul", {"a": Numbers(1)(M, K), "b": Numbers(2)(K, N)}, {}))
+    M, K, N = 9, 40, 37
+    operands = {"a": Numbers(1)(M, K), "b": Numbers(2)(K, N), "bias": Numbers(3)(M, N)}
+    todo.append((matmul_module, "matmul", operands, {}))  # that goes on from a matrix
     for rung, name, operands, others in todo:
         if name.startswith("stft"):
             continue  # no vector kernels
@@ -145,7 +150,7 @@ def test_guard_pages_guard(side):
 def test_guard_pages(side):
     done = run_this_file(side)
     assert done.returncode == 0, done.stderr
-    products = len(calls_from_lists()) + 1
+    products = len(calls_from_lists()) + len(FEW_ROWS) + 1
     assert done.stdout == f"{len(GUARD_SIZES) * (len(calls()) - 2) + products} calls agreed\n"  # without stft's two
 
 

@@ -87,11 +87,39 @@ def test_dense(machine, precision, N, I, J):
     ("B", "T", "H"), [(2, 5, 3), (1, 3, 56), (2, 3, 57), (2, 3, 77), (2, 4, 128), (3, 3, 129), (33, 2, 132)]
 )
 def test_lstm(machine, precision, B, T, H):
+    check_lstm(B, T, H, TOLERANCE[precision])
+
+
+def check_lstm(B, T, H, tolerance):
     z, wh = numbers(B, T, 4 * H), numbers(H, 4 * H) / np.float32(H**0.5)
-    _, c, gates = agree("lstm_forward", z, wh, tolerance=TOLERANCE[precision])
-    agree("lstm_backward", numbers(B, T, H), gates, c, wh, tolerance=TOLERANCE[precision])
+    _, c, gates = agree("lstm_forward", z, wh, tolerance=tolerance)
+    agree("lstm_backward", numbers(B, T, H), gates, c, wh, tolerance=tolerance)
     layer = numbers(7, 4 * H) / np.float32(7**0.5), wh, numbers(4 * H)
-    agree("lstm_inference", numbers(B, T, 7), *layer, tolerance=TOLERANCE[precision])
+    agree("lstm_inference", numbers(B, T, 7), *layer, tolerance=tolerance)
+
+
+@pytest.fixture(params=[48 * 1024, 99 * 1024], ids=["48 KB", "99 KB"])
+def less_shared_memory(request, machine, monkeypatch):
+    """As much as every GPU gives without asking; as much as those of compute capability 8.6 have."""
+    from kernels.cuda import device
+
+    monkeypatch.setattr(machine, "MAX_SHARED_MEMORY_PER_BLOCK_OPTIN", request.param)
+    for name in ("lstm_sequence", "lstm_sequence_backward"):
+        monkeypatch.setattr(device.KERNELS[name], "_granted", device.DEFAULT_SHARED)
+    device._most_shared.cache_clear()
+    yield request.param
+    device._most_shared.cache_clear()
+
+
+@pytest.mark.parametrize("H", [78, 128])
+def test_lstm_whose_weights_are_partly_read_again_in_every_step(less_shared_memory, H):
+    from kernels.cuda import lstm
+
+    _, kept, size = lstm.sequence_memory(lstm._lstm_sequence, H)
+    assert size <= less_shared_memory
+    if (H, less_shared_memory) != (78, 99 * 1024):  # where all of them fit
+        assert 0 < kept < H - lstm.REGISTER_ROWS
+    check_lstm(2, 3, H, TOLERANCE["float32"])
 
 
 @pytest.mark.parametrize(
@@ -133,6 +161,55 @@ def test_the_rest(machine):
     agree("take_windows", numbers(20, 9), np.array([3, 0, 15]), length=5, **moved)
     agree("take_rows", numbers(5, 9), place, **moved)
     agree("add_rows", numbers(6, 9), place, count=5, **moved)
+
+
+def unusual(*shape):
+    """Numbers with infinities, not-a-number and both zeros strewn in."""
+    x = np.rint(numbers(*shape))
+    strewn = rng.random(shape) < 0.1
+    x[strewn] = rng.choice(np.float32([np.inf, -np.inf, np.nan, 0.0, -0.0]), np.count_nonzero(strewn))
+    return x
+
+
+def with_nan(*shape):
+    """Numbers of which one is not."""
+    x = numbers(*shape)
+    x.flat[rng.integers(x.size)] = np.nan
+    return x
+
+
+def same_kind(name, *operands, **options):
+    """Infinities, not-a-number and places of maxima are where they are in the reference's results."""
+    from kernels import cuda, reference
+    from kernels.cuda import arrays
+
+    got = getattr(cuda, name)(*map(arrays.asarray, operands), **options)
+    with np.errstate(all="ignore"):
+        truth = getattr(reference, name)(*operands, **options)
+    found = []
+    for ours, theirs in zip(*(x if isinstance(x, tuple) else (x,) for x in (got, truth)), strict=True):
+        found.append(arrays.asnumpy(ours))
+        if theirs is not None:
+            kinds = [np.where(np.isfinite(x) & (np.asarray(x).dtype != np.uint8), 0, x) for x in (found[-1], theirs)]
+            np.testing.assert_array_equal(*kinds, err_msg=name)
+    return found
+
+
+def test_what_is_no_number_stays_none(machine):
+    for _ in range(3):
+        same_kind("relu_forward", unusual(3, 7, 5))
+        _, argmax = same_kind("maxpool2x2_forward", unusual(2, 6, 7, 5))
+        same_kind("maxpool2x2_backward", unusual(2, 3, 3, 5), argmax, x_shape=(2, 6, 7, 5))
+        same_kind("softmax", unusual(9, 3))
+        _, p = same_kind("cross_entropy_forward", with_nan(9, 3), rng.integers(0, 3, 9))
+        same_kind("cross_entropy_backward", p, rng.integers(0, 3, 9))
+        same_kind("dense_forward", with_nan(5, 7), numbers(7, 9), numbers(9))
+        for C, O in ((1, 5), (6, 4)):
+            same_kind("conv_relu_pool_forward", with_nan(2, 6, 8, C), numbers(3, 3, C, O), numbers(O))
+    for H in (5, 130):
+        z = numbers(2, 3, 4 * H)
+        z[0, 0, H + 1] = np.nan  # a forget gate of the first step
+        same_kind("lstm_forward", z, numbers(H, 4 * H) / np.float32(H))
 
 
 SMALL = {

@@ -51,8 +51,8 @@ def pays(x: Array, w: Array, share: float = LISTED) -> bool:
 class Lists(NamedTuple):
     """The entries of a matrix (R, K) that are not 0, block after block of DEPTH columns.
 
-    values, places (blocks, R*(DEPTH+1)): numbers and their columns in the block, row after row, with one more place
-    behind each row's; starts, counts (blocks, R): where those of a row are.
+    values, places (blocks, R*(DEPTH+1)): numbers and their columns in the block, row after row; starts, counts
+    (blocks, R): where those of a row are. A place too many is written behind each row's.
     """
 
     values: Array

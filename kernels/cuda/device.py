@@ -17,6 +17,7 @@ one stream, one after the other; nothing waits but `asnumpy` and `float`, and wh
 """
 
 import contextlib
+import hashlib
 import importlib.util
 import math
 import re
@@ -340,7 +341,9 @@ class Kernel:
             with _first_use:
                 if self._loaded is None:
                     capability = _capability()
-                    kept = launching.kept(self.name, capability, _versions(), lambda: self.ptx(capability))
+                    source = Path(self.function.__code__.co_filename).read_bytes()  # maybe not one of this package
+                    name = f"{self.name}-{hashlib.sha256(source).hexdigest()[:8]}"
+                    kept = launching.kept(name, capability, _versions(), lambda: self.ptx(capability))
                     self._loaded = launching.Loaded(*kept, self.kinds, self.name, cuda.current_context)
         return self._loaded
 

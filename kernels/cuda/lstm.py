@@ -158,9 +158,10 @@ def _lstm_step(z: Flat, parts: Flat, count: int, h: Flat, c: Flat, gates: Flat, 
             g_s += parts[place + 2 * H]
             o_s += parts[place + 3 * H]
         i_s, f_s, g_s, o_s = sigmoid(i_s), sigmoid(f_s), math.tanh(g_s), sigmoid(o_s)
-        cell = i_s * g_s
+        before = float32(0)
         if s > 0:
-            cell += f_s * c[(n * T + s - 1) * H + unit]
+            before = c[(n * T + s - 1) * H + unit]
+        cell = f_s * before + i_s * g_s
         c[(n * T + s) * H + unit] = cell
         h[(n * T + s) * H + unit] = o_s * math.tanh(cell)
         gates[at], gates[at + H], gates[at + 2 * H], gates[at + 3 * H] = i_s, f_s, g_s, o_s
