@@ -6,9 +6,8 @@
 
 The fold is computed by the command that the README gives for its run, with --only; its folder starts from the published
 config.json, so that npser.train refuses other settings and other data. On the same kind of machine with the same
-versions of the packages, every digit should come out again, and the cnn's on another, too. The tdcnn may start there
-from weights that LAPACK rounds otherwise, and decide some utterances otherwise. Exit status 0 where all decisions are
-the published ones, 1 where not.
+versions of the packages, every digit should come out again. A processor of another kind may round otherwise, and some
+utterances are decided otherwise then. Exit status 0 where all decisions are the published ones, 1 where not.
 """
 
 import argparse

@@ -1,8 +1,9 @@
 """The folds of a cross-validation in several processes, here or on other machines: they are independent of each other.
 
 `run_folds` hands folds to any `concurrent.futures.Executor` and saves what comes back here, in the process that owns
-the run folder. A fold is a function of corpus, settings and seed alone: where it is computed changes nothing. (But for
-the tdcnn on another kind of processor: see `Maker._orthogonal` in `npser.models`.)
+the run folder. A fold is a function of corpus, settings and seed alone: where it is computed changes nothing. (But
+a processor of another kind may round otherwise: `Maker._orthogonal` in `npser.models`, `shortened` in `kernels.host`,
+`matmul_transposed` in `kernels.cpu.sparse`.)
 """
 
 import asyncio
