@@ -1,7 +1,7 @@
 """python -m npser.export: a model file -> ONNX, the format that browsers, phones and other programs run.
 
 The graph reads log-magnitude frames as `npser.features` makes them, not standardised, and returns probabilities: the
-statistics of the training data are part of it. Layers are translated one by one from the list that the network is.
+statistics of the training data are part of it. Several networks stand side by side in one graph, which averages them.
 """
 
 import json
@@ -17,15 +17,16 @@ from npser.cli import Parser, run
 from npser.errors import RunFailed, UserError
 from npser.files import replacing, require_place
 from npser.modelfile import feature_settings
-from npser.models import Model, load_model
-from npser.scoring import standardisation
+from npser.models import Model
+from npser.scoring import load_together, standardisation
 
 OPSET = 17
+LARGEST = 2_000_000_000  # bytes of parameters: a protocol buffer ends at 2**31
 TOLERANCE = 1e-5  # between the probabilities of this program and those of ONNX Runtime
 
 
 class Graph:
-    """An ONNX graph in the making: nodes in order, constants by name."""
+    """An ONNX graph in the making: nodes in order, constants by name, behind the prefix of the network they are of."""
 
     def __init__(self) -> None:
         try:
@@ -36,8 +37,10 @@ class Graph:
         self.onnx, self.runtime = onnx, onnxruntime
         self.nodes: list[Any] = []
         self.constants: list[Any] = []
+        self.prefix = ""
 
     def constant(self, name: str, value: NDArray[Any]) -> str:
+        name = self.prefix + name
         self.constants.append(self.onnx.numpy_helper.from_array(np.array(value, order="C"), name))
         return name
 
@@ -51,8 +54,47 @@ class Graph:
         return self.node("Reshape", x, self.constant(f"shape{len(self.nodes)}", np.array(shape, np.int64)))
 
 
-def build(graph: Graph, model: Model) -> Any:
-    """The model as an onnx.ModelProto: "frames" (B, input_frames, bins) -> "probabilities" (B, K)."""
+def build(graph: Graph, models: Sequence[Model]) -> Any:
+    """The model as an onnx.ModelProto: "frames" (B, input_frames, bins) -> "probabilities" (B, K).
+
+    models: one, or several of one kind, whose probabilities are averaged. UserError where ONNX cannot hold so much.
+    """
+    if sum(value.nbytes for model in models for value in model.params.values()) > LARGEST:
+        raise UserError("--with: ONNX files hold 2 GB at most: name fewer models")
+    said = []
+    for number, model in enumerate(models, 1):
+        graph.prefix = f"network{number}/" if len(models) > 1 else ""
+        said.append(_network(graph, model))
+    graph.node("Mean", *said)
+    graph.nodes[-1].output[0] = "probabilities"
+    first, *others = models
+    helper, kind = graph.onnx.helper, graph.onnx.TensorProto.FLOAT
+    made = helper.make_model(
+        helper.make_graph(
+            graph.nodes,
+            f"npser-{first.arch}",
+            [helper.make_tensor_value_info("frames", kind, ["batch", first.input_frames, first.settings["bins"]])],
+            [helper.make_tensor_value_info("probabilities", kind, ["batch", first.settings["classes"]])],
+            graph.constants,
+        ),
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        producer_name="npser",
+        ir_version=8,  # of the time of this opset: older runtimes refuse newer files
+    )
+    about: dict[str, Any] = {
+        "labels": list(first.labels),
+        "features": feature_settings(),
+        "training": dict(first.training),
+    }
+    if others:
+        about["training of the others"] = [dict(model.training) for model in others]
+    helper.set_model_props(made, {key: json.dumps(value) for key, value in about.items()})
+    graph.onnx.checker.check_model(made)
+    return made
+
+
+def _network(graph: Graph, model: Model) -> str:
+    """The probabilities (B, K) of one model."""
     scale, params, bins = standardisation(model), model.params, model.settings["bins"]
     x = graph.node("Sub", "frames", graph.constant("mean", scale.mean))
     x = graph.node("Div", x, graph.constant("deviation", scale.deviation))
@@ -69,26 +111,7 @@ def build(graph: Graph, model: Model) -> Any:
         x = _lstm(graph, params, "lstm1", x, model.settings["filters"])
         x = _lstm(graph, params, "lstm2", x)
         x = _last(graph, x)
-    p = graph.node("Softmax", _dense(graph, params, "out", x), axis=1)
-    graph.node("Identity", p)
-    graph.nodes[-1].output[0] = "probabilities"
-    helper, kind = graph.onnx.helper, graph.onnx.TensorProto.FLOAT
-    made = helper.make_model(
-        helper.make_graph(
-            graph.nodes,
-            f"npser-{model.arch}",
-            [helper.make_tensor_value_info("frames", kind, ["batch", model.input_frames, bins])],
-            [helper.make_tensor_value_info("probabilities", kind, ["batch", model.settings["classes"]])],
-            graph.constants,
-        ),
-        opset_imports=[helper.make_opsetid("", OPSET)],
-        producer_name="npser",
-        ir_version=8,  # of the time of this opset: older runtimes refuse newer files
-    )
-    about = {"labels": list(model.labels), "features": feature_settings(), "training": dict(model.training)}
-    helper.set_model_props(made, {key: json.dumps(value) for key, value in about.items()})
-    graph.onnx.checker.check_model(made)
-    return made
+    return graph.node("Softmax", _dense(graph, params, "out", x), axis=1)
 
 
 def _convolutions(graph: Graph, params: dict[str, Any], x: str) -> str:
@@ -155,17 +178,18 @@ def _last(graph: Graph, x: str) -> str:
     return graph.node("Gather", x, graph.constant("last", np.array(-1, np.int64)), axis=0)
 
 
-def difference(graph: Graph, content: bytes, model: Model, windows: int = 8) -> float:
-    """The largest difference between the model's probabilities and ONNX Runtime's, over random windows."""
-    scale = standardisation(model)
+def difference(graph: Graph, content: bytes, models: Sequence[Model], windows: int = 8) -> float:
+    """The largest difference between the models' probabilities and ONNX Runtime's, over random windows."""
+    scale = standardisation(models[0])
     rng = np.random.default_rng(0)
-    shape = (windows, model.input_frames, model.settings["bins"])
+    shape = (windows, models[0].input_frames, models[0].settings["bins"])
     frames = (scale.mean + scale.deviation * rng.standard_normal(shape)).astype(np.float32)
     options = graph.runtime.SessionOptions()
     options.log_severity_level = 3  # errors
     session = graph.runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     (p,) = session.run(["probabilities"], {"frames": frames})
-    return float(np.abs(p - model.predict_proba(scale.apply(frames))).max())
+    ours = np.mean([model.predict_proba(standardisation(model).apply(frames)) for model in models], axis=0)
+    return float(np.abs(p - ours).max())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -183,23 +207,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("model", metavar="MODEL.npz", type=Path, help="a model that npser.train saved")
     parser.add_argument("target", metavar="MODEL.onnx", type=Path, help="the file to write")
+    parser.add_argument(
+        "--with",
+        dest="others",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="OTHER.npz",
+        help="another model of the same kind that decides, too: probabilities are averaged; may be repeated",
+    )
     options = parser.parse_args(arguments)
     graph = Graph()
     if options.target.suffix != ".onnx":
         raise UserError(f"{options.target}: the file to write is called something.onnx")
     require_place(options.target, str(options.target))
-    model = load_model(options.model)
-    try:
-        made = build(graph, model)
-    except UserError as error:
-        raise UserError(f"{options.model}: {error}") from None
-    content = made.SerializeToString()
-    apart = difference(graph, content, model)
+    models = load_together([options.model, *options.others], "cpu", standardisation)
+    content = build(graph, models).SerializeToString()
+    apart = difference(graph, content, models)
     if not apart <= TOLERANCE:
         raise RunFailed(f"ONNX Runtime's probabilities differ by {apart:.1e}, more than {TOLERANCE:g}: nothing written")
     _write(options.target, content)
+    kind = models[0].arch if len(models) == 1 else f"{len(models)} networks of kind {models[0].arch}"
     print(
-        f"{options.target}: {model.arch}, {len(content) / 1e6:.2f} MB, opset {OPSET}; ONNX Runtime "
+        f"{options.target}: {kind}, {len(content) / 1e6:.2f} MB, opset {OPSET}; ONNX Runtime "
         f"{graph.runtime.__version__} gives the same probabilities within {apart:.1e}"
     )
     return 0

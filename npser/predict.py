@@ -237,25 +237,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _predict(options: argparse.Namespace, threads: int) -> int:
     """The command with its options checked and its threads set."""
-    from npser.models import load_model
     from npser.progress import duration
-    from npser.scoring import require_readable
+    from npser.scoring import load_together, require_readable
 
     paths = [options.model, *options.others]
-    models = [load_model(path, options.backend) for path in paths]
+    models = load_together(paths, options.backend, require_readable)
     model = models[0]
-    for number, (path, other) in enumerate(zip(paths, models, strict=True)):
-        if path.resolve() in [earlier.resolve() for earlier in paths[:number]]:
-            raise UserError(f"--with {path}: this model is there already")
-        try:
-            require_readable(other)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-        if (other.arch, other.labels) != (model.arch, model.labels):
-            raise UserError(
-                f"--with {path}: {other.arch} for {', '.join(other.labels)}, but {options.model} is {model.arch} for "
-                f"{', '.join(model.labels)}: only models of one kind decide together"
-            )
     hop = options.segment_hop or _trained_hop(model, options.model)
     with ExitStack() as stack:
         spool = Path("input")  # of standard input, which is read twice

@@ -3,7 +3,8 @@
 samples, block by block -> frames -> overlapping pieces of half a minute -> probabilities
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from npser.errors import UserError
 from npser.features import BINS, FRAME, HOP, Standardisation, log_magnitude, padded, window_count
 from npser.inference import window_probabilities
-from npser.models import Model
+from npser.models import Model, load_model
 
 PIECE = 4096  # frames between the first windows of two pieces, about: half a minute
 
@@ -64,6 +65,30 @@ def _scored(models: Sequence[Model], frames: NDArray[np.float32], hop: int) -> N
     said = [window_probabilities(model, [(standardisation(model).apply(frames), starts)]) for model in models]
     mean: NDArray[np.float64] = np.mean(said, axis=0, dtype=np.float64)
     return mean
+
+
+def load_together(paths: Sequence[Path], backend: str, require: Callable[[Model], object]) -> list[Model]:
+    """The models of these files, the first as it was named, the others by --with: one kind, whose votes are averaged.
+
+    UserError, naming the file, for one that is named twice, is of another kind, or that `require` refuses.
+    """
+    models: list[Model] = []
+    for number, path in enumerate(paths):
+        if path.resolve() in [earlier.resolve() for earlier in paths[:number]]:
+            raise UserError(f"--with {path}: this model is there already")
+        model = load_model(path, backend)
+        try:
+            require(model)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        first = models[0] if models else model
+        if (model.arch, model.labels, model.input_frames) != (first.arch, first.labels, first.input_frames):
+            raise UserError(
+                f"--with {path}: {model.arch} for {', '.join(model.labels)}, but {paths[0]} is {first.arch} for "
+                f"{', '.join(first.labels)}: only models of one kind decide together"
+            )
+        models.append(model)
+    return models
 
 
 def require_readable(model: Model) -> None:

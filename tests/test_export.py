@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import sys
 
 import numpy as np
@@ -15,10 +16,10 @@ from npser.features import Standardisation
 from npser.models import ARCHITECTURES, build_model
 
 
-def trained_like(arch, **sizes):
+def trained_like(arch, seed=1, **sizes):
     """A network with weights and biases far from zero, so that no part of it could be left out unnoticed."""
-    model = build_model(arch, seed=1, **sizes)
-    rng = np.random.default_rng(2)
+    model = build_model(arch, seed=seed, **sizes)
+    rng = np.random.default_rng(seed + 1)
     bins = model.settings["bins"]
     model.set_params({n: v + rng.normal(0, 0.1, v.shape).astype(np.float32) for n, v in model.params.items()})
     model.scale = Standardisation(
@@ -58,8 +59,35 @@ def test_onnx_runtime_gives_the_same_probabilities(arch, tmp_path, capsys):
 
 @pytest.mark.usefixtures("tools")
 def test_the_papers_lstm():
-    model, graph = trained_like("lstm"), Graph()
-    assert difference(graph, build(graph, model).SerializeToString(), model) < 1e-5
+    models, graph = [trained_like("lstm")], Graph()
+    assert difference(graph, build(graph, models).SerializeToString(), models) < 1e-5
+
+
+@pytest.mark.usefixtures("tools")
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_several_networks_decide_together(arch, tmp_path, capsys, monkeypatch):
+    import onnx
+
+    models = [trained_like(arch, seed=seed, filters=5, hidden=12, bins=16, classes=3) for seed in (1, 2, 3)]
+    models[2].scale = Standardisation(np.full(16, -5, np.float32), np.full(16, 2, np.float32))  # each has its own
+    for n, model in enumerate(models):
+        model.training["seed"] = n
+        model.save(tmp_path / f"{n}.npz")
+    named = [str(tmp_path / name) for name in ("0.npz", "m.onnx", "1.npz", "2.npz")]
+    command = [*named[:2], "--with", named[2], "--with", named[3]]
+    assert main(command) == 0
+    assert re.search(rf"m\.onnx: 3 networks of kind {arch}, .* the same probabilities within", capsys.readouterr().out)
+    graph = Graph()
+    assert difference(graph, (tmp_path / "m.onnx").read_bytes(), models) < 1e-6
+    assert difference(graph, (tmp_path / "m.onnx").read_bytes(), models[:2]) > 1e-3  # all of them decide
+    metadata = {entry.key: json.loads(entry.value) for entry in onnx.load(tmp_path / "m.onnx").metadata_props}
+    trained = [metadata["training"], *metadata["training of the others"]]
+    assert [training["seed"] for training in trained] == [0, 1, 2]
+    monkeypatch.setattr(export, "LARGEST", sum(v.nbytes for m in models for v in m.params.values()) - 1)
+    with pytest.raises(UserError, match="--with: ONNX files hold 2 GB at most"):
+        main(command)
+    with pytest.raises(UserError, match="there already"):
+        main([*named[:2], "--with", named[0]])
 
 
 @pytest.mark.usefixtures("tools")
