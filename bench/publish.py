@@ -368,8 +368,8 @@ def _provenance(published: Published) -> list[str]:
     experiments = {config.get("experiment") for config, _ in published.values()}
     shared = [" and ".join(names) for names in TRAININGS.values() if len(names) > 1 and experiments & {*names}]
     if shared:
-        shares = f"One training each, whose hours stand in every line of it: {'; '.join(shared)}."
-        parts.append(f"{shares} Those of best-epoch end with that epoch.")
+        best = " Those of best-epoch end with that epoch." if "best-epoch" in experiments else ""
+        parts.append(f"One training each, whose hours stand in every line of it: {'; '.join(shared)}.{best}")
     if "nested" in experiments:
         parts.append("Hours of nested selection are those of the configuration that was chosen, without the choice's.")
     return parts

@@ -9,7 +9,7 @@ Requests come on standard input, one reply each goes to standard output:
     {"do": "begin"}              the same                               -> {"seconds": ..} of a second repetition
     {"do": "run", "seconds": ..} once, then repeat for so long          -> {"times": [..]} but for the first; on a GPU
            each is the mean of as many repetitions as last BURST seconds
-    {"do": "rest"}               give back what is prepared, to the system, too -> {}
+    {"do": "rest"}               give back what is prepared, the host's memory to the system, too -> {}
     {"do": "remember"}           the largest memory of this process     -> {"bytes": ..}
     {"do": "peaks"}              what the machine can do                -> {"flops": .., "read": .., "update": ..}
 

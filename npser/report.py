@@ -3,7 +3,6 @@
 python -m npser.report FOLDER...
 """
 
-import contextlib
 import json
 import os
 import sys
@@ -50,10 +49,11 @@ def find_listeners(named: Path | None) -> dict[str, float]:
     data = os.environ.get("NPSER_DATA")
     if data and (beside := Path(data) / "emodb" / "erkennung.txt").is_file():
         return listeners(beside)
-    with contextlib.suppress(UserError):  # of a user without a home
-        if (beside := user_cache() / "emodb" / "erkennung.txt").is_file():
-            return listeners(beside)
-    return {}
+    try:
+        beside = user_cache() / "emodb" / "erkennung.txt"
+    except UserError:  # a user without a home has no cache
+        return {}
+    return listeners(beside) if beside.is_file() else {}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

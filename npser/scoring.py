@@ -84,11 +84,15 @@ def load_together(paths: Sequence[Path], backend: str, require: Callable[[Model]
         first = models[0] if models else model
         if (model.arch, model.labels, model.input_frames) != (first.arch, first.labels, first.input_frames):
             raise UserError(
-                f"--with {path}: {model.arch} for {', '.join(model.labels)}, but {paths[0]} is {first.arch} for "
-                f"{', '.join(first.labels)}: only models of one kind decide together"
+                f"--with {path}: {_kind(model)}, but {paths[0]} is {_kind(first)}: "
+                "only models of one kind decide together"
             )
         models.append(model)
     return models
+
+
+def _kind(model: Model) -> str:
+    return f"{model.arch} for {', '.join(model.labels)} in windows of {model.input_frames} frames"
 
 
 def require_readable(model: Model) -> None:

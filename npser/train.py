@@ -256,7 +256,7 @@ def _fit_everything(options: argparse.Namespace, corpus: "Corpus", config: dict[
         training["also_by"] = checkpoint.also_by
     model.labels, model.training = corpus.labels, training
     model.cross_validation = score
-    sweep(path.resolve().parent, re.compile(re.escape(path.resolve().name)), older_than=3600)  # another may write its
+    sweep(path.resolve().parent, re.compile(re.escape(path.resolve().name)))
     try:
         model.save(path, options.storage)
     except OSError as error:

@@ -505,7 +505,11 @@ def test_cache_is_below_home_by_default(place, tmp_path, monkeypatch):
 def test_who_has_no_home_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("NPSER_DATA", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # where nobody is found
+
+    def nobody(_):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", classmethod(nobody))
     with pytest.raises(UserError, match="XDG_CACHE_HOME: not set, and this user has no home"):
         open_corpus("emodb")
     assert find_listeners(None) == {}

@@ -88,6 +88,9 @@ def test_several_networks_decide_together(arch, tmp_path, capsys, monkeypatch):
         main(command)
     with pytest.raises(UserError, match="there already"):
         main([*named[:2], "--with", named[0]])
+    trained_like(arch, bins=8, classes=3).save(tmp_path / "narrow.npz")
+    with pytest.raises(UserError, match=f"in windows of {trained_like(arch, bins=8).input_frames} frames, but"):
+        main([*named[:2], "--with", str(tmp_path / "narrow.npz")])
 
 
 @pytest.mark.usefixtures("tools")

@@ -159,7 +159,7 @@ def test_several_models_decide_together(model, model_file, folder, tmp_path, cap
         (
             "lstm",
             {"labels": ("calm", "joy", "rage")},
-            r"--with .*o\.npz: lstm for calm, joy, rage, but .*m\.npz is lstm",
+            r"--with .*o\.npz: lstm for calm, joy, rage in windows of 128 frames, but .*m\.npz is lstm",
         ),
         ("cnn", {}, r"--with .*o\.npz: cnn for sadness, .*, but .*m\.npz is lstm"),
         ("lstm", {"bins": 64}, r"^[^ ]*o\.npz: the model reads spectra of 64 bins"),

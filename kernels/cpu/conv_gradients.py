@@ -9,7 +9,8 @@ registers and each meets a vector of x loaded from the strip; dx loads and store
 clock, and takes twice that. Forward and backward together come to 49 % (1->32, 128x128, without dx) and 116 % of the
 peak (32->32, 64x64) at batch 32, counted densely.
 
-A maximum whose gradient is 0 is not visited, so that an x or w that is not finite beside it leaves no 0 * inf = nan.
+`dw_live` and `dx_live` do not visit a maximum whose gradient is 0: beside it, an x or w that is not finite leaves no
+0 * inf = nan.
 """
 
 from typing import Any
