@@ -96,11 +96,13 @@ def build(graph: Graph, models: Sequence[Model]) -> Any:
 def _network(graph: Graph, model: Model) -> str:
     """The probabilities (B, K) of one model."""
     scale, params, bins = standardisation(model), model.params, model.settings["bins"]
+    if behind := {"cnn": "dense1.w", "tdcnn": "lstm1.wx"}.get(model.arch):  # behind the convolutions
+        params[behind] = channels_first(params[behind], model.settings["filters"])
     x = graph.node("Sub", "frames", graph.constant("mean", scale.mean))
     x = graph.node("Div", x, graph.constant("deviation", scale.deviation))
     if model.arch == "cnn":
         x = _convolutions(graph, params, graph.reshape(x, -1, 1, bins, bins))  # (B, 1, T, F)
-        x = graph.node("Relu", _dense(graph, params, "dense1", x, model.settings["filters"]))
+        x = graph.node("Relu", _dense(graph, params, "dense1", x))
     elif model.arch == "lstm":
         x = graph.node("Transpose", x, perm=[1, 0, 2])  # (T, B, F)
         for name in ("lstm1", "lstm2", "lstm3"):
@@ -108,8 +110,8 @@ def _network(graph: Graph, model: Model) -> str:
         x = _last(graph, x)
     else:
         x = _time_distributed(graph, params, x, bins)
-        x = _lstm(graph, params, "lstm1", x, model.settings["filters"])
-        x = _lstm(graph, params, "lstm2", x)
+        for name in ("lstm1", "lstm2"):
+            x = _lstm(graph, params, name, x)
         x = _last(graph, x)
     return graph.node("Softmax", _dense(graph, params, "out", x), axis=1)
 
@@ -145,18 +147,13 @@ def _time_distributed(graph: Graph, params: dict[str, Any], x: str, bins: int) -
     return graph.reshape(x, WINDOWS, -1, params["lstm1.wx"].shape[0])
 
 
-def _dense(graph: Graph, params: dict[str, Any], name: str, x: str, filters: int = 0) -> str:
-    """(B, I) -> (B, J); filters: of the convolutions before it, if there are any."""
-    w = params[f"{name}.w"]
-    weights = graph.constant(f"{name}.w", channels_first(w, filters) if filters else w)
-    return graph.node("Gemm", x, weights, graph.constant(f"{name}.b", params[f"{name}.b"]))
+def _dense(graph: Graph, params: dict[str, Any], name: str, x: str) -> str:
+    w = graph.constant(f"{name}.w", params[f"{name}.w"])
+    return graph.node("Gemm", x, w, graph.constant(f"{name}.b", params[f"{name}.b"]))
 
 
-def _lstm(graph: Graph, params: dict[str, Any], name: str, x: str, filters: int = 0) -> str:
-    """(T, B, I) -> (T, B, H); filters: see `_dense`.
-
-    ONNX orders the gates input, output, forget, cell; ours: input, forget, cell, output.
-    """
+def _lstm(graph: Graph, params: dict[str, Any], name: str, x: str) -> str:
+    """(T, B, I) -> (T, B, H). ONNX orders the gates input, output, forget, cell; ours: input, forget, cell, output."""
 
     def gates(value: NDArray[Any]) -> NDArray[Any]:
         i, f, c, o = np.split(value, 4, axis=-1)
@@ -165,7 +162,7 @@ def _lstm(graph: Graph, params: dict[str, Any], name: str, x: str, filters: int 
     wx, wh, b = (gates(params[f"{name}.{part}"]) for part in ("wx", "wh", "b"))
     hidden = wh.shape[0]
     weights = (
-        graph.constant(f"{name}.wx", (channels_first(wx, filters) if filters else wx).T[None]),
+        graph.constant(f"{name}.wx", wx.T[None]),
         graph.constant(f"{name}.wh", wh.T[None]),
         graph.constant(f"{name}.b", np.concatenate([b, np.zeros_like(b)])[None]),
     )

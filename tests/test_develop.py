@@ -199,6 +199,14 @@ def test_trials_of_another_corpus_or_of_other_folds_are_others(tones, table, cap
     assert sum("99.0" in row for row in rows) == 1
 
 
+def test_the_mean_weights_of_a_recipe_are_told_by_their_own_columns(tones, table):
+    run(tones, table, "--recipe", "best")  # whose weights are a mean
+    run(tones, table, "--recipe", "best")
+    lines = develop.read(table)
+    assert len(lines) == 2  # the second is the same trial
+    assert "average_last" not in lines[0]["settings"]
+
+
 def test_the_shipped_table_is_whole():
     lines = develop.read(develop.TABLE)
     assert tuple(lines[0]) == develop.COLUMNS
